@@ -1,0 +1,17 @@
+//! Carrick's backing stores: where a replica keeps its blocks, and what it must never forget.
+//!
+//! This crate knows blocks and disks. It knows no network, no ublk and no clock. Its only face to the replicator is
+//! [`ReplicaStore`].
+
+pub mod buffer;
+pub mod checksum;
+pub mod store;
+pub mod units;
+
+pub use buffer::{Buffer, BufferPool, SharedBuffer};
+pub use checksum::{Checksum, block_checksum, zero_block_checksums};
+pub use store::{
+    Completion, Content, LoggedExtents, OpenedReplica, Operation, Outcome, ReadData, ReplicaSpec, ReplicaState, ReplicaStore, StoreError,
+    StoreUsage, Token,
+};
+pub use units::{BLOCK_SIZE, BlockIndex, ByteLength, ByteOffset, Extent, Seq, StoreId, Term, VolumeId, VolumeSize};

@@ -1,0 +1,1 @@
+//! Carrick control plane.
