@@ -1,0 +1,365 @@
+//! The control sockets of `carrick-replica` and `carrick-target`: what `carrickd` asks of them.
+//!
+//! A Unix stream socket, mode 0600. Each request and each answer is one line of JSON, at most [`LINE_MAX`] bytes with its
+//! newline. A connection may carry many requests, one after the other. Whoever connects learns the process id from
+//! `SO_PEERCRED`, which is how a restarted `carrickd` adopts what runs.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use carrick_backing_store::{ByteLength, ReplicaSpec, ReplicaState, Seq, StoreId, StoreUsage, Term, VolumeId, VolumeSize};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::endpoint::Endpoint;
+
+/// Longest line in either direction: a status of a thousand replicas fits with room to spare.
+pub const LINE_MAX: u64 = 1 << 20;
+
+/// What a running `carrick-replica` is asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum ReplicaRequest {
+    /// How are you, and what is in the store?
+    Status,
+    /// Make an empty replica. Idempotent.
+    Create {
+        /// What of.
+        spec: ReplicaSpec,
+    },
+    /// Delete a replica and end the session on it. Idempotent.
+    Delete {
+        /// Whose.
+        volume: VolumeId,
+    },
+    /// Put everything on stable media and end.
+    Shutdown,
+}
+
+/// What it answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum ReplicaAnswer {
+    /// To `Status`.
+    Status(ReplicaProcessStatus),
+    /// It is done.
+    Done,
+    /// It is not, and nothing changed.
+    Refused(ControlError),
+}
+
+/// The state of a `carrick-replica` process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaProcessStatus {
+    /// Version of the program.
+    pub version: String,
+    /// Which store it serves.
+    pub store: StoreId,
+    /// Where that is.
+    pub path: PathBuf,
+    /// The addresses it serves on: the Unix socket, then the TCP address if there is one.
+    pub endpoints: Vec<Endpoint>,
+    /// How full it is.
+    pub usage: StoreUsage,
+    /// What is in it.
+    pub replicas: Vec<ReplicaReport>,
+}
+
+/// One replica in a store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaReport {
+    /// What it is of.
+    pub spec: ReplicaSpec,
+    /// What it must not forget.
+    pub state: ReplicaState,
+    /// The writes of its log term that it has received.
+    pub position: Seq,
+    /// Those on stable media.
+    pub durable: Seq,
+    /// Whether a primary is connected.
+    pub connected: bool,
+    /// Why it takes no more operations, if so.
+    pub failure: Option<String>,
+}
+
+/// What a running `carrick-target` is asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum TargetRequest {
+    /// How are you?
+    Status,
+    /// Stop and delete the device, then end. Refused while somebody has the device open, unless forced: then requests
+    /// in flight finish or fail, and openers get errors from then on.
+    Detach {
+        /// Even while it is in use.
+        force: bool,
+    },
+}
+
+/// What it answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum TargetAnswer {
+    /// To `Status`.
+    Status(TargetStatus),
+    /// The device is gone; the process ends now.
+    Done,
+    /// It is not, and nothing changed.
+    Refused(ControlError),
+}
+
+/// Where a target stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TargetPhase {
+    /// It connects to replicas and asks for their promises.
+    Electing,
+    /// It brings a majority to the same bytes.
+    Reconciling,
+    /// It is primary; the device is being made or recovered.
+    Starting,
+    /// The device answers.
+    Serving,
+    /// The device is being stopped.
+    Stopping,
+}
+
+/// The state of a `carrick-target` process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetStatus {
+    /// Version of the program.
+    pub version: String,
+    /// Which volume.
+    pub volume: VolumeId,
+    /// Where it stands.
+    pub phase: TargetPhase,
+    /// The block device, once there is one.
+    pub device: Option<PathBuf>,
+    /// Its term, once a majority has promised it.
+    pub term: Option<Term>,
+    /// The replicas, in the order of the configuration.
+    pub replicas: Vec<MemberReport>,
+    /// Requests taken from the kernel and not answered.
+    pub requests_in_flight: u32,
+    /// What is being waited for, in words, if I/O is.
+    pub waiting_for: Option<String>,
+}
+
+/// How a primary sees a replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemberState {
+    /// No connection; it is tried again and again.
+    Disconnected,
+    /// Connected, not yet a part of the term.
+    Joining,
+    /// It has all that was acknowledged, and takes every write.
+    InSync,
+    /// It takes every write, and gets a copy of the rest.
+    Copying,
+    /// It was left behind and waits to be copied.
+    Behind,
+    /// It refuses, and says why; it is asked again now and then.
+    Refused,
+}
+
+/// A replica as a target sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberReport {
+    /// In which store.
+    pub store: StoreId,
+    /// Where it is reached.
+    pub endpoint: Endpoint,
+    /// How it stands.
+    pub state: MemberState,
+    /// Bytes copied so far and in all, while copying.
+    pub copied: Option<(ByteLength, ByteLength)>,
+    /// The last thing that went wrong with it, in words.
+    pub last_error: Option<String>,
+}
+
+/// Why a control request was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct ControlError {
+    /// For programs.
+    pub code: ControlErrorCode,
+    /// For people: what happened, to what, and what to do.
+    pub message: String,
+}
+
+/// Kinds of refusals that callers act on differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ControlErrorCode {
+    /// The request makes no sense.
+    Invalid,
+    /// It is not there.
+    NotFound,
+    /// It is there already, and differs.
+    Conflict,
+    /// Somebody uses it.
+    Busy,
+    /// No room.
+    NoSpace,
+    /// The machine can't: no ublk, no io_uring, no privilege.
+    Unsupported,
+    /// The disk or the kernel failed.
+    Failed,
+}
+
+/// What `carrick-target` is told at its start, as a JSON file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TargetConfig {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its name, for the link under /dev/carrick.
+    pub name: String,
+    /// Its size.
+    pub size: VolumeSize,
+    /// Logical block size in bytes: 512 or 4096.
+    pub block_size: u32,
+    /// Requests in flight at most: 1 to 512.
+    pub queue_depth: u16,
+    /// Whether the host itself uses the device (it may then scan partitions and labels); a guest's disk is left alone (I13).
+    pub host: bool,
+    /// The volume's replicas: all members of the config.
+    pub replicas: Vec<ReplicaAddress>,
+}
+
+/// Where one replica is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReplicaAddress {
+    /// In which store.
+    pub store: StoreId,
+    /// How to reach it.
+    pub endpoint: Endpoint,
+}
+
+/// The names of the files that the processes share under the run directory (`/run/carrick` by default).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunDirectory {
+    root: PathBuf,
+}
+
+impl RunDirectory {
+    /// Names below this folder.
+    #[must_use]
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// The folder itself.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where `carrickd` serves gRPC.
+    #[must_use]
+    pub fn daemon_socket(&self) -> PathBuf {
+        self.root.join("carrickd.sock")
+    }
+
+    /// A replica process's data socket.
+    #[must_use]
+    pub fn replica_socket(&self, store: StoreId) -> PathBuf {
+        self.root.join(format!("replica/{store}.sock"))
+    }
+
+    /// A replica process's control socket.
+    #[must_use]
+    pub fn replica_control(&self, store: StoreId) -> PathBuf {
+        self.root.join(format!("replica/{store}.control"))
+    }
+
+    /// What a target is told at its start.
+    #[must_use]
+    pub fn target_config(&self, volume: VolumeId) -> PathBuf {
+        self.root.join(format!("target/{volume}.json"))
+    }
+
+    /// A target's control socket.
+    #[must_use]
+    pub fn target_control(&self, volume: VolumeId) -> PathBuf {
+        self.root.join(format!("target/{volume}.control"))
+    }
+
+    /// Held with flock by the one target of a volume on this host.
+    #[must_use]
+    pub fn target_lock(&self, volume: VolumeId) -> PathBuf {
+        self.root.join(format!("target/{volume}.lock"))
+    }
+
+    /// Why a target ended with an error: one [`ControlError`] as JSON.
+    #[must_use]
+    pub fn target_failure(&self, volume: VolumeId) -> PathBuf {
+        self.root.join(format!("target/{volume}.failure"))
+    }
+
+    /// What udev is told of a device (`ublkb0`).
+    #[must_use]
+    pub fn udev_environment(&self, device: &str) -> PathBuf {
+        self.root.join(format!("udev/{device}.env"))
+    }
+}
+
+/// Sends one request to a control socket and waits for its answer.
+///
+/// # Errors
+/// The socket's, `TimedOut`/`WouldBlock` after `timeout`, `InvalidData` if the answer is not what was expected.
+pub fn call<Q: Serialize, A: DeserializeOwned>(socket: &Path, request: &Q, timeout: Duration) -> io::Result<A> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
+    write_line(&mut stream, request)?;
+    read_line(&mut BufReader::new(stream))?.ok_or_else(|| {
+        io::Error::new(io::ErrorKind::UnexpectedEof, format!("{} closed the connection without an answer", socket.display()))
+    })
+}
+
+/// Writes one line.
+///
+/// # Errors
+/// The stream's.
+pub fn write_line<T: Serialize>(stream: &mut impl Write, message: &T) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    stream.write_all(&line)
+}
+
+/// Reads one line; `None` at the end of the stream.
+///
+/// # Errors
+/// The stream's; `InvalidData` for a line that is too long or isn't a `T`.
+pub fn read_line<T: DeserializeOwned>(stream: &mut impl BufRead) -> io::Result<Option<T>> {
+    let mut line = Vec::new();
+    stream.take(LINE_MAX).read_until(b'\n', &mut line)?;
+    if line.is_empty() {
+        return Ok(None);
+    }
+    if line.last() != Some(&b'\n') {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a control line is cut off or over {LINE_MAX} bytes")));
+    }
+    serde_json::from_slice(&line).map(Some).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_lines_that_refuse_unknown_fields() {
+        let mut line = Vec::new();
+        write_line(&mut line, &TargetRequest::Detach { force: true }).unwrap();
+        assert_eq!(line, b"{\"op\":\"detach\",\"force\":true}\n");
+        assert_eq!(read_line::<TargetRequest>(&mut &line[..]).unwrap(), Some(TargetRequest::Detach { force: true }));
+        assert!(read_line::<TargetRequest>(&mut &b"{\"op\":\"detach\",\"force\":true,\"x\":1}\n"[..]).is_err());
+        assert!(read_line::<TargetRequest>(&mut &b"{\"op\":\"status\"}"[..]).is_err(), "cut off");
+        assert_eq!(read_line::<TargetRequest>(&mut &b""[..]).unwrap(), None);
+    }
+}
