@@ -1,0 +1,2 @@
+# shellcheck shell=bash
+qemu_find() { return 1; }
