@@ -5,13 +5,15 @@
 
 pub mod buffer;
 pub mod checksum;
+pub mod memory;
 pub mod store;
 pub mod units;
 
 pub use buffer::{Buffer, BufferPool, SharedBuffer};
 pub use checksum::{Checksum, block_checksum, zero_block_checksums};
+pub use memory::{MemoryStore, PowerLoss};
 pub use store::{
-    Completion, Content, LoggedExtents, OpenedReplica, Operation, Outcome, ReadData, ReplicaSpec, ReplicaState, ReplicaStore, StoreError,
-    StoreUsage, Token,
+    BLOCKS_MAX, Completion, Content, LoggedExtents, OpenedReplica, Operation, Outcome, ReadData, ReplicaSpec, ReplicaState, ReplicaStore,
+    StoreError, StoreUsage, Token,
 };
 pub use units::{BLOCK_SIZE, BlockIndex, ByteLength, ByteOffset, Extent, Seq, StoreId, Term, VolumeId, VolumeSize};

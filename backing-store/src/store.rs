@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::buffer::SharedBuffer;
 use crate::checksum::Checksum;
-use crate::units::{BlockIndex, ByteLength, Extent, Seq, StoreId, Term, VolumeId, VolumeSize};
+use crate::units::{BLOCK_SIZE, BlockIndex, ByteLength, Extent, Seq, StoreId, Term, VolumeId, VolumeSize};
 
 /// What a replica is of, fixed at its creation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -216,6 +216,36 @@ pub trait ReplicaStore {
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
 }
 
+/// The most blocks of one [`Operation::Write`] or [`Operation::Read`]: what a [`crate::Buffer`] holds (2 MiB).
+pub const BLOCKS_MAX: u64 = (2 << 20) / BLOCK_SIZE as u64;
+
+impl Operation {
+    /// Why a store must refuse this for a volume of `size`, if it must. The session has checked all this already; a store asks
+    /// again because the answer to a mistake must never be a write beside the data.
+    pub(crate) fn misuse(&self, size: VolumeSize) -> Option<&'static str> {
+        let (extent, blocks_max) = match self {
+            Self::Write { extent, .. } | Self::Read { extent } => (*extent, BLOCKS_MAX),
+            Self::WriteZeroes { extent, .. } => (*extent, u64::MAX),
+            Self::Sync | Self::SetState { .. } | Self::LoggedAfter { .. } => return None,
+        };
+        if !extent.is_block_aligned() {
+            return Some("an extent is not whole blocks");
+        }
+        if !size.extent().contains(extent) {
+            return Some("an extent reaches past the end of the volume");
+        }
+        if extent.block_count() > blocks_max {
+            return Some("an extent is longer than 2 MiB");
+        }
+        if let Self::Write { checksums, data, .. } = self
+            && (data.len() as u64 != extent.length().get() || checksums.len() as u64 != extent.block_count())
+        {
+            return Some("data, checksums and extent differ in length");
+        }
+        None
+    }
+}
+
 /// What can go wrong in a store.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -296,6 +326,22 @@ pub enum StoreError {
         path: PathBuf,
         /// What is wrong.
         reason: String,
+    },
+    /// Written by a newer version that uses something this one must not ignore.
+    #[error("{path} uses format features {features:#018x} that this program does not know: upgrade carrick-replica")]
+    UnknownFeatures {
+        /// Where.
+        path: PathBuf,
+        /// The unknown bits.
+        features: u64,
+    },
+    /// The caller broke the contract of [`ReplicaStore::submit`]; nothing was changed.
+    #[error("an operation on volume {volume} was refused: {reason}")]
+    Misuse {
+        /// Whose.
+        volume: VolumeId,
+        /// What is wrong with it.
+        reason: &'static str,
     },
     /// The file system can't do what the store needs.
     #[error("the file system of {path} can't {action}: put the store on ext4, XFS or tmpfs")]
