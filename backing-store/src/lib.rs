@@ -5,12 +5,14 @@
 
 pub mod buffer;
 pub mod checksum;
+pub mod file;
 pub mod memory;
 pub mod store;
 pub mod units;
 
 pub use buffer::{Buffer, BufferPool, SharedBuffer};
 pub use checksum::{Checksum, block_checksum, zero_block_checksums};
+pub use file::FileStore;
 pub use memory::{MemoryStore, PowerLoss};
 pub use store::{
     BLOCKS_MAX, Completion, Content, LoggedExtents, OpenedReplica, Operation, Outcome, ReadData, ReplicaSpec, ReplicaState, ReplicaStore,
