@@ -1,0 +1,235 @@
+//! Becoming primary: promises of a majority, the choice of the content that counts, and a majority brought to exactly it.
+//!
+//! Invariants:
+//! * Nothing is served before a majority has promised the term durably (I4) and adopted the same content durably (I5).
+//! * The chosen content is that of the highest (log term, position) among a promising majority: it has every acknowledged write.
+//! * No replica adopts the term before every participant has the chosen content, so a crash in between leaves the choice open.
+
+use std::time::Duration;
+
+use carrick_backing_store::{Content, LoggedExtents, Seq};
+
+use super::copy::Copy;
+use super::member::Stage;
+use super::{Action, Engine, MemberIndex, Outstanding, Phase};
+use crate::time::Monotonic;
+use crate::wire::{Body, Flags, Frame, Header, Kind, StatusAnswer};
+
+/// How long a majority waits for the other members, so as not to leave them behind for nothing. A local replica answers within
+/// a millisecond; half a second also catches one that is just being restarted.
+const GATHER_WAIT: Duration = Duration::from_millis(500);
+
+impl Engine {
+    /// A member's status is known, or a promise was given, or time has passed: goes on if enough members are ready.
+    pub(super) fn advance_election(&mut self, now: Monotonic) {
+        match self.phase {
+            Phase::Electing { .. } => self.choose_term(now),
+            Phase::Gathering { .. } => self.choose_content(now),
+            Phase::Comparing => self.plan_copies(now),
+            Phase::Reconciling | Phase::Serving | Phase::Superseded => {}
+        }
+    }
+
+    /// When the wait for the other members ends, if a majority waits for them.
+    pub(super) fn gather_deadline(&self) -> Option<Monotonic> {
+        match self.phase {
+            Phase::Electing { majority_at } | Phase::Gathering { majority_at } => majority_at.map(|at| at + GATHER_WAIT),
+            _ => None,
+        }
+    }
+
+    /// Whether `ready` members are enough to go on now, and remembers since when a majority is.
+    fn is_gathered(&mut self, now: Monotonic, ready: usize) -> bool {
+        let majority = self.majority();
+        let all = self.members.len();
+        let (Phase::Electing { majority_at } | Phase::Gathering { majority_at }) = &mut self.phase else { return false };
+        if ready < majority {
+            *majority_at = None;
+            return false;
+        }
+        let since = *majority_at.get_or_insert(now);
+        ready == all || now >= since + GATHER_WAIT
+    }
+
+    fn choose_term(&mut self, now: Monotonic) {
+        let highest = self.members.iter().filter_map(|member| match &member.stage {
+            Stage::Known(status) => Some(status.promised),
+            _ => None,
+        });
+        let (ready, highest) = highest.fold((0, None), |(count, highest), promised| (count + 1, highest.max(Some(promised))));
+        let Some(highest) = highest else { return };
+        if !self.is_gathered(now, ready) {
+            return;
+        }
+        let nonce = self.random();
+        let Some(term) = highest.successor(nonce) else {
+            self.note = Some(format!("the volume's terms are used up ({highest} is promised)"));
+            return;
+        };
+        self.term = Some(term);
+        self.phase = Phase::Gathering { majority_at: None };
+        for index in self.member_indices() {
+            if matches!(self.members[index.0].stage, Stage::Known(_)) {
+                self.ask_promise(now, index);
+            }
+        }
+    }
+
+    pub(super) fn ask_promise(&mut self, now: Monotonic, index: MemberIndex) {
+        self.members[index.0].stage = Stage::Promising;
+        let promise = Frame::new(self.header(Kind::Promise), Body::Empty);
+        self.request(now, index, promise, Outstanding::Control);
+    }
+
+    /// A member has promised: once a majority has, asks those that may hold the chosen content what they wrote last.
+    fn choose_content(&mut self, now: Monotonic) {
+        let ready = self.members.iter().filter(|member| member.promised().is_some()).count();
+        if !self.is_gathered(now, ready) {
+            return;
+        }
+        let candidates = self.member_indices().filter_map(|index| {
+            let status = self.members[index.0].promised()?;
+            (status.content != Content::Rebuilding).then_some((index, *status))
+        });
+        // The highest log term, then the highest position; a complete one before a mixed one; the first of equals.
+        let rank = |status: &StatusAnswer| (status.log_term, status.position, status.content == Content::Complete);
+        let chosen = candidates.reduce(|best, next| if rank(&next.1) > rank(&best.1) { next } else { best });
+        let Some((chosen, best)) = chosen else {
+            self.note = Some("no replica that answers holds a complete copy; the others must come back".to_owned());
+            return;
+        };
+        self.note = None;
+        self.chosen = Some(chosen);
+        self.phase = Phase::Comparing;
+        let siblings: Vec<(MemberIndex, StatusAnswer)> = self
+            .member_indices()
+            .filter_map(|index| Some((index, *self.members[index.0].promised()?)))
+            .filter(|(_, status)| status.log_term == best.log_term && status.content != Content::Rebuilding)
+            .collect();
+        let lowest = siblings.iter().map(|(_, status)| status.position).min().unwrap_or(best.position);
+        for (index, status) in siblings {
+            let after = if index == chosen { lowest } else { status.position };
+            let logged = (status.content == Content::Mixed).then_some(LoggedExtents::Forgotten);
+            if logged.is_none() {
+                let header = Header { sequence: after, ..self.header(Kind::Log) };
+                self.request(now, index, Frame::new(header, Body::Empty), Outstanding::Control);
+            }
+            self.members[index.0].stage = Stage::Comparing { status, logged };
+        }
+        self.plan_copies(now);
+    }
+
+    /// All logs are there: decides what is copied where, and begins.
+    fn plan_copies(&mut self, now: Monotonic) {
+        let waiting = self.members.iter().any(|member| matches!(member.stage, Stage::Comparing { logged: None, .. }));
+        let Some(chosen) = self.chosen.filter(|_| !waiting) else { return };
+        let Stage::Comparing { logged: Some(chosen_log), .. } = &self.members[chosen.0].stage else { return };
+        let chosen_log = chosen_log.clone();
+        // Members that differ from the chosen one in known extents only are quick to bring along.
+        let mut plans: Vec<(MemberIndex, Option<Copy>, Flags)> = Vec::new();
+        for index in self.member_indices().filter(|index| *index != chosen) {
+            if let Stage::Comparing { logged: Some(LoggedExtents::All(own)), .. } = &self.members[index.0].stage
+                && let LoggedExtents::All(others) = &chosen_log
+            {
+                let copy = Copy::new(own.iter().chain(others).copied());
+                plans.push((index, (!copy.is_finished()).then_some(copy), Flags::NONE));
+            }
+        }
+        if plans.len() + 1 < self.majority() {
+            // They are no majority: the whole volume is copied to the others before anything is served.
+            let whole = self.config.size.extent();
+            for index in self.member_indices().filter(|index| *index != chosen) {
+                let flags = match &self.members[index.0].stage {
+                    Stage::Comparing { .. } if plans.iter().any(|(planned, ..)| *planned == index) => continue,
+                    // What it has is not worthless: if the chosen one is lost now, it may be the best there is.
+                    Stage::Comparing { .. } => Flags::NONE,
+                    Stage::Promised(_) => Flags::REBUILD,
+                    _ => continue,
+                };
+                plans.push((index, Some(Copy::new([whole])), flags));
+            }
+        }
+        self.phase = Phase::Reconciling;
+        self.members[chosen.0].stage = Stage::Reconciled;
+        for (index, copy, flags) in plans {
+            self.begin_reconciling(now, index, copy, flags);
+        }
+        // The rest waits until the volume is served.
+        for member in &mut self.members {
+            if let Stage::Comparing { status, .. } = member.stage {
+                member.stage = Stage::Promised(status);
+            }
+        }
+        self.adopt_when_reconciled(now);
+    }
+
+    fn begin_reconciling(&mut self, now: Monotonic, index: MemberIndex, copy: Option<Copy>, flags: Flags) {
+        let Some(copy) = copy else {
+            self.members[index.0].stage = Stage::Reconciled;
+            return;
+        };
+        let member = &mut self.members[index.0];
+        member.stage = Stage::Reconciling { begun: false };
+        member.copy = Some(copy);
+        let header = Header { flags, sequence: Seq::ZERO, ..self.header(Kind::CopyBegin) };
+        self.request(now, index, Frame::new(header, Body::Empty), Outstanding::Control);
+    }
+
+    /// Tells all participants to adopt the term once each has the chosen content.
+    pub(super) fn adopt_when_reconciled(&mut self, now: Monotonic) {
+        if !matches!(self.phase, Phase::Reconciling) || self.members.iter().any(|member| matches!(member.stage, Stage::Reconciling { .. }))
+        {
+            return;
+        }
+        for index in self.member_indices() {
+            if matches!(self.members[index.0].stage, Stage::Reconciled) {
+                let member = &mut self.members[index.0];
+                member.stage = Stage::Adopting;
+                (member.received, member.durable, member.sent, member.flush_sent) = (Seq::ZERO, Seq::ZERO, Seq::ZERO, Seq::ZERO);
+                let header = Header { sequence: Seq::ZERO, ..self.header(Kind::Adopt) };
+                self.request(now, index, Frame::new(header, Body::Empty), Outstanding::Control);
+            }
+        }
+    }
+
+    /// A participant has adopted the term: serves once all have, as they are a majority.
+    pub(super) fn serve_when_adopted(&mut self, now: Monotonic) {
+        let adopting = self.members.iter().any(|member| matches!(member.stage, Stage::Adopting));
+        let joined = self.members.iter().filter(|member| member.is_joined()).count();
+        let (Phase::Reconciling, Some(term)) = (&self.phase, self.term) else { return };
+        if adopting || joined < self.majority() {
+            return;
+        }
+        self.phase = Phase::Serving;
+        self.chosen = None;
+        self.actions.push_back(Action::Serve(term));
+        self.start_rebuilds(now);
+        self.start_queued(now);
+    }
+
+    /// A participant was lost before serving: what the others hold is asked for anew, under the same term.
+    pub(super) fn restart_gathering(&mut self, now: Monotonic) {
+        self.phase = Phase::Gathering { majority_at: None };
+        self.chosen = None;
+        self.stalled_chunks.clear();
+        for index in self.member_indices() {
+            self.drop_chunks(now, index);
+            let member = &mut self.members[index.0];
+            member.in_sync = false;
+            member.left_at = None;
+            member.copy = None;
+            if matches!(
+                member.stage,
+                Stage::Promised(_)
+                    | Stage::Comparing { .. }
+                    | Stage::Reconciling { .. }
+                    | Stage::Reconciled
+                    | Stage::Adopting
+                    | Stage::Joined
+            ) {
+                self.forget_outstanding(index);
+                self.ask_promise(now, index);
+            }
+        }
+    }
+}

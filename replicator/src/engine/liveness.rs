@@ -1,0 +1,175 @@
+//! Who is alive, who is too slow, and when to look again.
+
+use std::time::Duration;
+
+use carrick_backing_store::Seq;
+
+use super::member::Stage;
+use super::{Engine, MemberIndex, Outstanding};
+use crate::time::Monotonic;
+use crate::wire::{Body, Frame, Kind};
+
+/// A joined member that owes nothing is asked for a sign of life this often: five seconds keep an idle target under one wakeup a
+/// second with three replicas, and find a dead connection before the next write has to.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// Members due within this time are asked together, so that one wakeup serves all.
+const KEEP_ALIVE_SLACK: Duration = Duration::from_secs(1);
+/// A write that a member has not received for this long makes it behind, whatever else it answers (I7).
+const LAG_MAX: Duration = Duration::from_secs(2);
+/// How often reads and chunks that found no source are tried, besides at every return of a member.
+const STALL_RETRY: Duration = Duration::from_millis(250);
+
+impl Engine {
+    /// Time has passed: call it when [`Engine::deadline`] is reached (earlier calls do no harm).
+    pub fn on_timer(&mut self, now: Monotonic) {
+        for index in self.member_indices() {
+            self.check_member(now, index);
+        }
+        self.expire_reads(now);
+        self.leave_laggards_behind(now);
+        self.advance_election(now);
+        self.start_rebuilds(now);
+        if self.stall_deadline.is_some_and(|deadline| deadline <= now) {
+            self.stall_deadline = None;
+            self.retry_stalled_reads(now);
+            self.retry_stalled_chunks(now);
+        }
+        self.arm_stall_retry(now);
+    }
+
+    /// When [`Engine::on_timer`] wants to be called. `None`: nothing to wait for.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Monotonic> {
+        if matches!(self.phase, super::Phase::Superseded) {
+            return None;
+        }
+        let members = self.members.iter().flat_map(|member| {
+            let timeout = self.config.replica_timeout;
+            let own = match member.stage {
+                Stage::Down { retry_at } => Some(retry_at),
+                _ if member.owes() && member.may_be_pinged() => Some(member.quiet_since + self.ping_after()),
+                _ if member.owes() => Some(member.quiet_since + timeout),
+                Stage::Joined => Some(member.quiet_since + KEEP_ALIVE),
+                _ => None,
+            };
+            let leave = member.left_at.filter(|_| self.may_leave_behind(member)).map(|at| at + timeout);
+            let lag = member.in_sync.then(|| self.lag_since(member.received)).flatten().map(|since| since + LAG_MAX);
+            [own, leave, lag.filter(|_| self.may_leave_behind(member))]
+        });
+        let read = self.read_times.front().map(|(at, _)| *at + self.config.replica_timeout);
+        members.flatten().chain(read).chain(self.gather_deadline()).chain(self.stall_deadline).min()
+    }
+
+    /// After this long without a sign of life a member that owes something is asked for one, so that a slow disk is told
+    /// from a dead process.
+    fn ping_after(&self) -> Duration {
+        self.config.replica_timeout / 3
+    }
+
+    pub(super) fn arm_stall_retry(&mut self, now: Monotonic) {
+        if self.stall_deadline.is_none() && !(self.stalled_reads.is_empty() && self.stalled_chunks.is_empty()) {
+            self.stall_deadline = Some(now + STALL_RETRY);
+        }
+    }
+
+    fn check_member(&mut self, now: Monotonic, index: MemberIndex) {
+        let member = &self.members[index.0];
+        let quiet = now.since(member.quiet_since);
+        match member.stage {
+            Stage::Down { retry_at } if retry_at <= now => self.connect(now, index),
+            Stage::Down { .. } => {}
+            _ if member.owes() && quiet >= self.config.replica_timeout => {
+                let reason = format!("it answered nothing for {} ms", quiet.as_millis());
+                self.drop_member(now, index, reason, false);
+            }
+            _ if !member.may_be_pinged() => {}
+            _ if member.owes() && quiet >= self.ping_after() => self.ping(now, index),
+            Stage::Joined if !member.owes() && quiet + KEEP_ALIVE_SLACK >= KEEP_ALIVE => self.ping(now, index),
+            _ => {}
+        }
+    }
+
+    fn ping(&mut self, now: Monotonic, index: MemberIndex) {
+        let quiet_since = self.members[index.0].quiet_since;
+        let owed = self.members[index.0].owes();
+        let ping = Frame::new(self.header(Kind::Ping), Body::Empty);
+        self.request(now, index, ping, Outstanding::Ping);
+        let member = &mut self.members[index.0];
+        member.pinged = true;
+        if owed {
+            member.quiet_since = quiet_since;
+        }
+    }
+
+    /// Reads that a replica holds back although it lives (its disk hangs) are asked of another.
+    fn expire_reads(&mut self, now: Monotonic) {
+        while let Some((at, request)) = self.read_times.front().copied() {
+            let waiting = self.outstanding.get(&request);
+            if waiting.is_some() && now < at + self.config.replica_timeout {
+                return;
+            }
+            self.read_times.pop_front();
+            let Some((member, Outstanding::Read { job })) = waiting.copied() else { continue };
+            let others = self.member_indices().any(|index| index != member && self.members[index.0].is_joined());
+            if others {
+                // It still owes the answer, which keeps further reads away from it.
+                self.outstanding.insert(request, (member, Outstanding::Abandoned));
+                let reason = format!("a read waited for {} ms", self.config.replica_timeout.as_millis());
+                self.members[member.0].last_error = Some(reason);
+                self.slow_reader = Some(member);
+                self.read(now, job);
+                self.slow_reader = None;
+            } else {
+                self.read_times.push_back((now, request));
+            }
+        }
+    }
+
+    /// Since when the oldest write that a member lacks is in the backlog.
+    fn lag_since(&self, received: Seq) -> Option<Monotonic> {
+        self.backlog.get(received.next()).map(|entry| entry.since)
+    }
+
+    /// Whether a majority without this member has all that was acknowledged.
+    fn may_leave_behind(&self, member: &super::member::Member) -> bool {
+        let counts = |other: &super::member::Member| other.in_sync && other.received >= self.acknowledged;
+        let others = self.members.iter().filter(|other| !std::ptr::eq(*other, member) && counts(other)).count();
+        member.in_sync && others >= self.majority()
+    }
+
+    /// Takes members out of the count that were away or slow for too long (I7). They will be copied.
+    fn leave_laggards_behind(&mut self, now: Monotonic) {
+        for index in self.member_indices() {
+            let member = &self.members[index.0];
+            let away = member.left_at.is_some_and(|at| now >= at + self.config.replica_timeout);
+            let lagging = self.lag_since(member.received).is_some_and(|since| now >= since + LAG_MAX);
+            if (away || lagging) && self.may_leave_behind(member) {
+                self.leave_behind(now, index, if away { "it was away too long" } else { "it was too slow" });
+            }
+        }
+    }
+
+    /// Keeps the backlog within its bound at the cost of the slowest, as long as a majority stays.
+    pub(super) fn bound_backlog(&mut self, now: Monotonic) {
+        while self.backlog.is_over(self.config.backlog_bytes) {
+            let slowest = self
+                .member_indices()
+                .filter(|index| {
+                    let member = &self.members[index.0];
+                    member.needs_backlog() && (!member.in_sync || self.may_leave_behind(member))
+                })
+                .min_by_key(|index| self.members[index.0].received);
+            let Some(slowest) = slowest.filter(|index| self.members[index.0].received < self.acknowledged) else { return };
+            self.leave_behind(now, slowest, "it fell too far behind");
+        }
+    }
+
+    fn leave_behind(&mut self, now: Monotonic, index: MemberIndex, reason: &str) {
+        self.members[index.0].in_sync = false;
+        self.members[index.0].left_at = None;
+        if !self.members[index.0].is_down() {
+            self.drop_member(now, index, reason.to_owned(), false);
+        }
+        self.trim_backlog();
+    }
+}

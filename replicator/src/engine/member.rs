@@ -1,0 +1,180 @@
+//! What the primary knows of one replica.
+
+use std::time::Duration;
+
+use carrick_backing_store::{LoggedExtents, Seq};
+
+use super::copy::Copy;
+use crate::control::MemberState;
+use crate::time::Monotonic;
+use crate::wire::StatusAnswer;
+
+/// First wait before a connection is tried again: a replica that was restarted at once is back within it.
+const RETRY_FIRST: Duration = Duration::from_millis(20);
+/// Longest wait: a dead replica costs one wakeup in this time.
+const RETRY_LAST: Duration = Duration::from_secs(5);
+
+/// How far the conversation with a replica has come. Each step waits for the answer that leads to the next.
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// No connection; one is tried again at this time.
+    Down { retry_at: Monotonic },
+    /// A connection was asked for.
+    Connecting,
+    /// Hello is sent.
+    Greeting,
+    /// Status is asked for.
+    Inquiring,
+    /// Its status is known; there is no term yet to ask a promise for.
+    Known(StatusAnswer),
+    /// The promise is asked for.
+    Promising,
+    /// It has promised, and waits to be reconciled, copied or resumed.
+    Promised(StatusAnswer),
+    /// Before serving: its log is asked for, `None` until it has answered.
+    Comparing { status: StatusAnswer, logged: Option<LoggedExtents> },
+    /// Before serving: a copy into it begins, or goes on.
+    Reconciling { begun: bool },
+    /// Before serving: it has the chosen content.
+    Reconciled,
+    /// Before serving: it was told to adopt the term.
+    Adopting,
+    /// While serving: a copy into it begins; live writes after the base go to it once it has answered.
+    CopyBeginning,
+    /// While serving: it takes live writes and gets a copy of the rest.
+    Copying,
+    /// While serving: the copy is complete, and it was told to adopt the term.
+    CopyAdopting,
+    /// It takes live writes, and has all that it was sent before.
+    Joined,
+}
+
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) stage: Stage,
+    /// Whether it counts towards majorities: it was reconciled or copied under this term, and not left behind since.
+    pub(super) in_sync: bool,
+    /// Since when an in-sync member is not joined.
+    pub(super) left_at: Option<Monotonic>,
+    /// The writes of this term that it has received.
+    pub(super) received: Seq,
+    /// Those on stable media.
+    pub(super) durable: Seq,
+    /// The last write sent on this connection.
+    pub(super) sent: Seq,
+    /// The writes that a flush or FUA sent on this connection covers.
+    pub(super) flush_sent: Seq,
+    /// Reads that it owes.
+    pub(super) reads: usize,
+    /// Other answers that it owes, acknowledgements aside.
+    pub(super) answers: usize,
+    /// When something was last heard from it, or when it came to owe something.
+    pub(super) quiet_since: Monotonic,
+    /// Whether a ping is among the answers it owes.
+    pub(super) pinged: bool,
+    pub(super) copy: Option<Copy>,
+    pub(super) last_error: Option<String>,
+    backoff: Duration,
+    /// Whether it said no, rather than nothing.
+    refused: bool,
+}
+
+impl Member {
+    pub(super) fn new(now: Monotonic) -> Self {
+        Self {
+            stage: Stage::Down { retry_at: now },
+            in_sync: false,
+            left_at: None,
+            received: Seq::ZERO,
+            durable: Seq::ZERO,
+            sent: Seq::ZERO,
+            flush_sent: Seq::ZERO,
+            reads: 0,
+            answers: 0,
+            quiet_since: now,
+            pinged: false,
+            copy: None,
+            last_error: None,
+            backoff: RETRY_FIRST,
+            refused: false,
+        }
+    }
+
+    /// Whether live writes are sent to it.
+    pub(super) fn takes_writes(&self) -> bool {
+        matches!(self.stage, Stage::Joined | Stage::Copying | Stage::CopyAdopting)
+    }
+
+    /// Whether the backlog is kept for it.
+    pub(super) fn needs_backlog(&self) -> bool {
+        self.in_sync || self.takes_writes() || matches!(self.stage, Stage::CopyBeginning | Stage::Adopting)
+    }
+
+    pub(super) fn is_joined(&self) -> bool {
+        matches!(self.stage, Stage::Joined)
+    }
+
+    pub(super) fn is_down(&self) -> bool {
+        matches!(self.stage, Stage::Down { .. })
+    }
+
+    /// Whether it owes an answer of any kind.
+    pub(super) fn owes(&self) -> bool {
+        self.answers > 0
+            || self.reads > 0
+            || matches!(self.stage, Stage::Connecting)
+            || self.takes_writes() && (self.received < self.sent || self.durable < self.flush_sent)
+    }
+
+    /// Whether it has a term to answer a ping under, and is not asked already.
+    pub(super) fn may_be_pinged(&self) -> bool {
+        !self.pinged
+            && !matches!(
+                self.stage,
+                Stage::Down { .. } | Stage::Connecting | Stage::Greeting | Stage::Inquiring | Stage::Known(_) | Stage::Promising
+            )
+    }
+
+    /// The status it gave with its promise, while nothing was made of it.
+    pub(super) fn promised(&self) -> Option<&StatusAnswer> {
+        if let Stage::Promised(status) = &self.stage { Some(status) } else { None }
+    }
+
+    /// It is gone, or was dropped: forgets what belonged to the connection.
+    pub(super) fn went_down(&mut self, now: Monotonic, reason: String, refused: bool) {
+        if refused {
+            self.backoff = RETRY_LAST;
+        }
+        self.stage = Stage::Down { retry_at: now + self.backoff };
+        self.backoff = (self.backoff * 2).min(RETRY_LAST);
+        self.refused = refused;
+        self.last_error = Some(reason);
+        self.copy = None;
+        self.reads = 0;
+        self.answers = 0;
+        self.pinged = false;
+        if self.in_sync && self.left_at.is_none() {
+            self.left_at = Some(now);
+        }
+    }
+
+    /// It takes part again.
+    pub(super) fn joined(&mut self) {
+        self.stage = Stage::Joined;
+        self.in_sync = true;
+        self.left_at = None;
+        self.backoff = RETRY_FIRST;
+        self.last_error = None;
+    }
+
+    pub(super) fn state(&self) -> MemberState {
+        match self.stage {
+            Stage::Down { .. } if self.refused => MemberState::Refused,
+            Stage::Down { .. } | Stage::Connecting => MemberState::Disconnected,
+            Stage::Joined => MemberState::InSync,
+            Stage::CopyBeginning | Stage::Copying | Stage::CopyAdopting | Stage::Reconciling { .. } => MemberState::Copying,
+            Stage::Promised(_) if !self.in_sync => MemberState::Behind,
+            _ => MemberState::Joining,
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! The primary's engine: sans-I/O. Events come in through `submit` and the `on_` calls, actions go out through
+//! [`Engine::next_action`]; it has no clock, no socket and no thread, so that a simulation can drive it through thousands of
+//! schedules a second.
+//!
+//! Invariants, each checked by the simulation:
+//! * A write completes only when a majority of the members has received it, a flush only when a majority has everything that
+//!   completed before on stable media (I1, I2).
+//! * Reads go only to members that were sent every acknowledged write on the same ordered connection, and only while a majority
+//!   is joined (I3).
+//! * A member's old content is destroyed by a copy only while a majority without it has all that was acknowledged (I5).
+//!
+//! Which file decides what: `election` (who is primary, what content counts), `requests` (locks, merging, sequences, completion),
+//! `copy` (bringing replicas back), `liveness` (who is lost or left behind), `session` (the conversation with a replica).
+
+mod api;
+mod backlog;
+mod copy;
+mod election;
+mod liveness;
+mod member;
+mod range_lock;
+mod requests;
+mod session;
+
+use std::collections::{BTreeMap, VecDeque};
+
+pub use api::{Action, EngineConfig, MemberIndex, ReadBytes, Request, RequestError, RequestTag, Response};
+use backlog::Backlog;
+use carrick_backing_store::{BLOCK_SIZE, BufferPool, ByteLength, ByteOffset, Extent, Seq, SharedBuffer, Term};
+use member::Member;
+use range_lock::RangeLock;
+use requests::{Job, JobId, Ongoing, Owner, Table, Waiter};
+
+use crate::control::MemberState;
+use crate::time::Monotonic;
+use crate::wire::{Header, Kind, RequestId};
+
+/// Most replicas of a volume: a bit each in a byte, and more copies protect from nothing more.
+pub const MEMBERS_MAX: usize = 7;
+
+/// How far the engine has come.
+#[derive(Debug)]
+enum Phase {
+    /// It learns what the members have promised. Since when a majority has answered.
+    Electing { majority_at: Option<Monotonic> },
+    /// It asks for promises of its term. Since when a majority has promised.
+    Gathering { majority_at: Option<Monotonic> },
+    /// It asks what the members wrote last.
+    Comparing,
+    /// It brings a majority to the same content.
+    Reconciling,
+    /// It is primary.
+    Serving,
+    /// Another is.
+    Superseded,
+}
+
+/// What an answer will be about.
+#[derive(Clone, Copy, Debug)]
+enum Outstanding {
+    /// A step of the conversation: see [`member::Stage`].
+    Control,
+    Ping,
+    /// A read that was asked of another member since.
+    Abandoned,
+    Read {
+        job: JobId,
+    },
+    CopyRead {
+        destination: MemberIndex,
+        chunk: Extent,
+        tried: u8,
+    },
+    CopyWrite {
+        destination: MemberIndex,
+        chunk: Extent,
+    },
+    /// Good blocks written over damaged ones.
+    Repair,
+}
+
+/// How the engine sees a member.
+#[derive(Clone, Debug)]
+pub struct MemberStatus {
+    /// How it stands.
+    pub state: MemberState,
+    /// Bytes copied so far and in all, while copying.
+    pub copied: Option<(ByteLength, ByteLength)>,
+    /// The last thing that went wrong with it, in words.
+    pub last_error: Option<String>,
+}
+
+/// The primary of a volume, or a target on its way to become it.
+#[derive(Debug)]
+pub struct Engine {
+    config: EngineConfig,
+    pool: BufferPool,
+    phase: Phase,
+    term: Option<Term>,
+    members: Vec<Member>,
+    /// The member whose content counts, before serving.
+    chosen: Option<MemberIndex>,
+    backlog: Backlog,
+    /// A majority has received the writes up to this.
+    acknowledged: Seq,
+    locks: RangeLock<Owner>,
+    jobs: Table<Job>,
+    requests: Table<Ongoing>,
+    /// Requests that came before serving.
+    queued: VecDeque<(RequestTag, Request)>,
+    /// Flushes and FUA writes that wait for a majority's stable media to have this sequence.
+    waiters: Vec<(Seq, Waiter)>,
+    /// Copied chunks that wait for a lock or a read, by destination and offset.
+    chunks: BTreeMap<(MemberIndex, ByteOffset), Extent>,
+    outstanding: BTreeMap<RequestId, (MemberIndex, Outstanding)>,
+    next_request: RequestId,
+    /// When each read was asked for, oldest first; requests that are no longer outstanding are skipped.
+    read_times: VecDeque<(Monotonic, RequestId)>,
+    stalled_reads: Vec<JobId>,
+    stalled_chunks: Vec<(MemberIndex, Extent)>,
+    stall_deadline: Option<Monotonic>,
+    /// The member that a read is being taken away from.
+    slow_reader: Option<MemberIndex>,
+    next_reader: usize,
+    repaired: u64,
+    aborted: bool,
+    /// What keeps the election from going on, if it is not just missing members.
+    note: Option<String>,
+    random: u64,
+    zeroes: SharedBuffer,
+    actions: VecDeque<Action>,
+}
+
+impl Engine {
+    /// A primary-to-be; it asks for connections at once.
+    ///
+    /// # Panics
+    /// If the config has no members or more than [`MEMBERS_MAX`].
+    #[must_use]
+    pub fn new(config: EngineConfig, pool: BufferPool, now: Monotonic) -> Self {
+        assert!((1..=MEMBERS_MAX).contains(&config.members), "1 to {MEMBERS_MAX} members, not {}", config.members);
+        let mut zeroes = pool.take(2 * BLOCK_SIZE as usize);
+        zeroes.fill(0);
+        let mut engine = Self {
+            phase: Phase::Electing { majority_at: None },
+            term: None,
+            members: (0..config.members).map(|_| Member::new(now)).collect(),
+            chosen: None,
+            backlog: Backlog::new(),
+            acknowledged: Seq::ZERO,
+            locks: RangeLock::new(),
+            jobs: Table::new(),
+            requests: Table::new(),
+            queued: VecDeque::new(),
+            waiters: Vec::new(),
+            chunks: BTreeMap::new(),
+            outstanding: BTreeMap::new(),
+            next_request: RequestId(1),
+            read_times: VecDeque::new(),
+            stalled_reads: Vec::new(),
+            stalled_chunks: Vec::new(),
+            stall_deadline: None,
+            slow_reader: None,
+            next_reader: 0,
+            repaired: 0,
+            aborted: false,
+            note: None,
+            random: config.seed,
+            zeroes: zeroes.share(),
+            actions: VecDeque::new(),
+            config,
+            pool,
+        };
+        engine.on_timer(now);
+        engine
+    }
+
+    /// What to do next. Call it until `None` after every other call.
+    pub fn next_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// Its term, once it has chosen one.
+    #[must_use]
+    pub fn term(&self) -> Option<Term> {
+        self.term
+    }
+
+    /// Whether it is primary.
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        matches!(self.phase, Phase::Serving)
+    }
+
+    /// Whether it is on its way to bring a majority to the same content.
+    #[must_use]
+    pub fn is_reconciling(&self) -> bool {
+        matches!(self.phase, Phase::Comparing | Phase::Reconciling)
+    }
+
+    /// How many damaged copies of blocks were written anew from a good one.
+    #[must_use]
+    pub fn repaired(&self) -> u64 {
+        self.repaired
+    }
+
+    /// How each member stands.
+    #[must_use]
+    pub fn members(&self) -> Vec<MemberStatus> {
+        let status = |member: &Member| MemberStatus {
+            state: member.state(),
+            copied: member.copy.as_ref().map(copy::Copy::progress),
+            last_error: member.last_error.clone(),
+        };
+        self.members.iter().map(status).collect()
+    }
+
+    /// What I/O waits for, in words, if it does.
+    #[must_use]
+    pub fn waiting_for(&self) -> Option<String> {
+        let joined = self.members.iter().filter(|member| member.is_joined()).count();
+        let (majority, all) = (self.majority(), self.members.len());
+        match self.phase {
+            Phase::Serving if joined >= majority => None,
+            Phase::Serving => Some(format!("{joined} of {all} replicas are in sync and connected, {majority} are needed")),
+            Phase::Electing { .. } | Phase::Gathering { .. } => self.note.clone().or_else(|| {
+                let answering = self.members.iter().filter(|member| !member.is_down()).count();
+                Some(format!("{answering} of {all} replicas answer, the promises of {majority} are needed"))
+            }),
+            Phase::Comparing | Phase::Reconciling => Some("replicas are being brought to the same content".to_owned()),
+            Phase::Superseded => Some("another primary has taken over".to_owned()),
+        }
+    }
+
+    fn majority(&self) -> usize {
+        self.members.len() / 2 + 1
+    }
+
+    fn member_indices(&self) -> impl Iterator<Item = MemberIndex> + use<> {
+        (0..self.members.len()).map(MemberIndex)
+    }
+
+    /// The members that live writes are sent to.
+    fn writers(&self) -> impl Iterator<Item = MemberIndex> + use<> {
+        let mut writers = [false; MEMBERS_MAX];
+        for (writes, member) in writers.iter_mut().zip(&self.members) {
+            *writes = member.takes_writes();
+        }
+        (0..self.members.len()).filter(move |index| writers[*index]).map(MemberIndex)
+    }
+
+    /// The highest sequence that a majority of the members has, by their own `position`.
+    fn on_majority(&self, position: impl Fn(&Member) -> Seq) -> Seq {
+        let mut positions = [Seq::ZERO; MEMBERS_MAX];
+        let mut count = 0;
+        for member in self.members.iter().filter(|member| member.in_sync) {
+            positions[count] = position(member);
+            count += 1;
+        }
+        positions[..count].sort_unstable_by(|left, right| right.cmp(left));
+        positions[..count].get(self.majority() - 1).copied().unwrap_or(Seq::ZERO)
+    }
+
+    /// How many members besides `without` are in sync and have all that was acknowledged.
+    fn holders_of_acknowledged(&self, without: MemberIndex) -> usize {
+        let holds = |index: &MemberIndex| {
+            let member = &self.members[index.0];
+            *index != without && member.in_sync && member.received >= self.acknowledged
+        };
+        self.member_indices().filter(holds).count()
+    }
+
+    /// The member to read from: joined, not excluded (a bit each), with the least to do. None while no majority is joined:
+    /// another primary may have taken over then.
+    fn best_reader(&mut self, excluded: u8) -> Option<MemberIndex> {
+        let joined = self.members.iter().filter(|member| member.is_joined()).count();
+        if joined < self.majority() {
+            return None;
+        }
+        let all = self.members.len();
+        let start = self.next_reader;
+        self.next_reader = (start + 1) % all;
+        let load = |index: &MemberIndex| {
+            let member = &self.members[index.0];
+            (self.slow_reader == Some(*index), member.reads as u64 + member.sent.get().saturating_sub(member.received.get()))
+        };
+        (0..all)
+            .map(|step| MemberIndex((start + step) % all))
+            .filter(|index| excluded & 1 << index.0 == 0 && self.members[index.0].is_joined())
+            .min_by_key(load)
+    }
+
+    /// Forgets the writes that nobody needs any more.
+    fn trim_backlog(&mut self) {
+        let needed = self.members.iter().filter(|member| member.needs_backlog()).map(|member| member.received).min();
+        self.backlog.trim(needed.unwrap_or(Seq::ZERO).min(self.acknowledged));
+    }
+
+    fn header(&self, kind: Kind) -> Header {
+        Header::new(kind, self.config.volume, self.term.unwrap_or(Term::ZERO))
+    }
+
+    /// SplitMix64 (Steele, Lea, Flood 2014) over the seed: nonces only need to differ.
+    fn random(&mut self) -> u32 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.random;
+        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        u32::try_from((mixed ^ mixed >> 31) >> 32).unwrap_or(0)
+    }
+}
