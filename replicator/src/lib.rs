@@ -1,4 +1,9 @@
-//! Carrick's replication: the wire protocol, the sans-I/O primary engine and replica session, and the I/O drivers.
+//! Carrick's replication: the wire protocol, the sans-I/O primary engine and replica service, and the I/O around them.
 
 pub mod control;
 pub mod endpoint;
+pub mod engine;
+pub mod io;
+pub mod replica;
+pub mod time;
+pub mod wire;

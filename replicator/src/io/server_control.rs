@@ -1,0 +1,88 @@
+//! What the control socket asks of a [`Server`]: create, delete, status.
+
+use carrick_backing_store::{ReplicaSpec, ReplicaStore, StoreError};
+
+use super::control_socket::Command;
+use super::server::Server;
+use crate::control::{ControlError, ControlErrorCode, ReplicaAnswer, ReplicaProcessStatus, ReplicaRequest};
+
+impl<S: ReplicaStore> Server<S> {
+    /// Answers, now or, for a deletion, when the store has finished with the replica.
+    pub(super) fn on_control(&mut self, command: Command<ReplicaRequest, ReplicaAnswer>) {
+        let answer = match command.request {
+            ReplicaRequest::Status => self.status(),
+            ReplicaRequest::Create { spec } => self.create(spec),
+            ReplicaRequest::Delete { volume } => {
+                self.deleting.push((volume, command.reply));
+                return self.finish_deletions();
+            }
+            // The data thread's loop has taken it.
+            ReplicaRequest::Shutdown => Ok(ReplicaAnswer::Done),
+        };
+        command.reply.send(answer.unwrap_or_else(ReplicaAnswer::Refused));
+    }
+
+    fn status(&self) -> Result<ReplicaAnswer, ControlError> {
+        Ok(ReplicaAnswer::Status(ReplicaProcessStatus {
+            version: env!("CARGO_PKG_VERSION").into(),
+            store: self.store_id,
+            path: self.path.clone(),
+            endpoints: self.listeners.endpoints(),
+            usage: self.store.usage().map_err(refusal)?,
+            replicas: self.service.report(),
+        }))
+    }
+
+    fn create(&mut self, spec: ReplicaSpec) -> Result<ReplicaAnswer, ControlError> {
+        let volume = spec.volume;
+        if self.deleting.iter().any(|(deleting, _)| *deleting == volume) {
+            let message = format!("the replica of volume {volume} is being deleted: ask again when that is done");
+            return Err(ControlError { code: ControlErrorCode::Busy, message });
+        }
+        if self.half_deleted.contains(&volume) {
+            // The store's memory of it is of the time when it was opened: served from that, it would claim too little.
+            let message = format!("the replica of volume {volume} could not be deleted: restart carrick-replica to look at it afresh");
+            return Err(ControlError { code: ControlErrorCode::Failed, message });
+        }
+        self.store.create(spec).map_err(refusal)?;
+        if !self.service.report().iter().any(|known| known.spec.volume == volume) {
+            let created = self.store.replicas().into_iter().find(|replica| replica.spec.volume == volume);
+            self.service.add(created.ok_or_else(|| refusal(StoreError::UnknownVolume(volume)))?);
+            tracing::info!(store = %self.store_id, %volume, bytes = spec.size.bytes().get(), "replica created");
+        }
+        Ok(ReplicaAnswer::Done)
+    }
+
+    /// Deletes what is to be deleted and no longer in use.
+    pub(super) fn finish_deletions(&mut self) {
+        if self.deleting.is_empty() {
+            return;
+        }
+        let service = &mut self.service;
+        for (volume, reply) in self.deleting.extract_if(.., |(volume, _)| service.remove(*volume)) {
+            match self.store.delete(volume) {
+                Ok(()) => {
+                    tracing::info!(store = %self.store_id, %volume, "replica deleted");
+                    self.half_deleted.retain(|half| *half != volume);
+                    reply.send(ReplicaAnswer::Done);
+                }
+                Err(error) => {
+                    tracing::error!(store = %self.store_id, %volume, %error, "a replica could not be deleted; it is no longer served");
+                    self.half_deleted.push(volume);
+                    reply.send(ReplicaAnswer::Refused(refusal(error)));
+                }
+            }
+        }
+    }
+}
+
+fn refusal(error: StoreError) -> ControlError {
+    let code = match &error {
+        StoreError::NoSpace { .. } => ControlErrorCode::NoSpace,
+        StoreError::Conflict { .. } => ControlErrorCode::Conflict,
+        StoreError::UnknownVolume(_) => ControlErrorCode::NotFound,
+        StoreError::Unsupported { .. } => ControlErrorCode::Unsupported,
+        _ => ControlErrorCode::Failed,
+    };
+    ControlError { code, message: error.to_string() }
+}
