@@ -1,2 +1,62 @@
-//! Placeholder.
-fn main() {}
+//! `carrick-target`: serves one attached volume as a block device.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory};
+use carrick_target::{preflight, start};
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Serves one attached volume as a block device. carrickd starts it; people rarely need to.
+///
+/// SIGTERM and SIGINT end the process and keep the device: requests wait in the kernel until the next target of the volume
+/// takes over. To remove the device, detach the volume.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve a volume until it is detached
+    Run {
+        /// What to serve, as JSON
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Where sockets, locks and the files for udev are
+        #[arg(long, value_name = "DIR", default_value = "/run/carrick")]
+        run_dir: PathBuf,
+        /// Reach replicas on other hosts without TLS: everybody in between can read and change the data
+        #[arg(long)]
+        insecure: bool,
+    },
+    /// Print what this kernel's ublk driver can do, as JSON
+    Features,
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_env("CARRICK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).init();
+    match Arguments::parse().command {
+        Command::Run { config, run_dir, insecure } => start::run(&start::Options { config, run: RunDirectory::new(run_dir), insecure }),
+        Command::Features => features(),
+    }
+}
+
+fn features() -> ExitCode {
+    let report = preflight::open_driver().and_then(|(_, features)| {
+        serde_json::to_string_pretty(&features.report())
+            .map_err(|error| ControlError { code: ControlErrorCode::Failed, message: error.to_string() })
+    });
+    match report {
+        Ok(report) => {
+            println!("{report}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => start::complain(&error),
+    }
+}

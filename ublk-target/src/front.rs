@@ -1,0 +1,287 @@
+//! The queue thread's part: it joins the ublk queue to the engine, obeys the main thread and answers status.
+
+use std::fs::File;
+use std::io;
+use std::sync::mpsc;
+
+use carrick_backing_store::{BufferPool, Term};
+use carrick_replicator::control::{MemberReport, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus};
+use carrick_replicator::engine::{Engine, ReadBytes, Request, RequestError, RequestTag, Response};
+use carrick_replicator::io::{Command, Completed, FrontEnd, Mailbox, Reactor, Reply, Source};
+
+use crate::process;
+use crate::progress::Progress;
+use crate::transport::{Operation, Taken, UblkQueue};
+
+/// Tokens of the two mailboxes.
+const COMMANDS: u64 = 0;
+const ORDERS: u64 = 1;
+
+/// The tag of the flush before a detach; the kernel's tags are below 512.
+const LAST_FLUSH: RequestTag = RequestTag(u64::MAX);
+
+/// What the main thread wants of the queue thread.
+#[derive(Debug)]
+pub enum Order {
+    /// Give the driver the FETCHes of this character device.
+    Open {
+        /// The character device.
+        device: File,
+        /// How many requests.
+        depth: u16,
+        /// What came of it.
+        done: Reply<io::Result<()>>,
+    },
+    /// End all requests, those to come included.
+    Abort,
+    /// Everything acknowledged to stable media.
+    Flush {
+        /// Whether it is there.
+        done: Reply<bool>,
+    },
+    /// Let go of the character device once the driver has ended the queue.
+    Release {
+        /// It is let go of.
+        done: Reply<()>,
+    },
+}
+
+/// What the queue thread tells the main thread.
+#[derive(Debug)]
+pub enum Notice {
+    /// This process is the volume's primary.
+    Serving(Term),
+    /// The device is to go.
+    Detach {
+        /// Even while it is in use.
+        force: bool,
+        /// The answer.
+        reply: Reply<TargetAnswer>,
+    },
+    /// The driver has ended the queue, and nobody here has asked for that.
+    QueueEnded,
+}
+
+/// What the main thread and the control socket send here.
+pub struct Mailboxes {
+    /// From the control socket.
+    pub commands: Mailbox<Command<TargetRequest, TargetAnswer>>,
+    /// From the main thread.
+    pub orders: Mailbox<Order>,
+}
+
+/// The front end of a volume's primary.
+pub struct TargetFrontEnd {
+    config: TargetConfig,
+    mailboxes: Mailboxes,
+    notices: mpsc::Sender<Notice>,
+    progress: Progress,
+    pool: BufferPool,
+    queue: Option<UblkQueue>,
+    flushing: Option<Reply<bool>>,
+    releasing: Option<Reply<()>>,
+}
+
+impl TargetFrontEnd {
+    /// The front end of the volume of `config`. Data is copied into buffers of `pool`.
+    #[must_use]
+    pub const fn new(
+        config: TargetConfig,
+        mailboxes: Mailboxes,
+        notices: mpsc::Sender<Notice>,
+        progress: Progress,
+        pool: BufferPool,
+    ) -> Self {
+        Self { config, mailboxes, notices, progress, pool, queue: None, flushing: None, releasing: None }
+    }
+
+    fn on_command(&self, engine: &Engine, command: Command<TargetRequest, TargetAnswer>) {
+        match command.request {
+            TargetRequest::Status => command.reply.send(TargetAnswer::Status(self.status(engine))),
+            TargetRequest::Detach { force } => self.notify(Notice::Detach { force, reply: command.reply }),
+        }
+    }
+
+    fn status(&self, engine: &Engine) -> TargetStatus {
+        let step = self.progress.get();
+        let term = engine.term();
+        let phase = match step.phase {
+            // The main thread hears of neither.
+            TargetPhase::Electing if term.is_some() => TargetPhase::Reconciling,
+            phase => phase,
+        };
+        let members = self.config.replicas.iter().zip(engine.members());
+        TargetStatus {
+            version: env!("CARGO_PKG_VERSION").into(),
+            volume: self.config.volume,
+            phase,
+            device: step.device,
+            term,
+            replicas: members
+                .map(|(address, member)| MemberReport {
+                    store: address.store,
+                    endpoint: address.endpoint.clone(),
+                    state: member.state,
+                    copied: member.copied,
+                    last_error: member.last_error,
+                })
+                .collect(),
+            requests_in_flight: self.queue.as_ref().map_or(0, UblkQueue::in_service),
+            waiting_for: step.waiting_for.or_else(|| engine.waiting_for()),
+        }
+    }
+
+    fn on_order(
+        &mut self,
+        reactor: &mut Reactor,
+        engine: &mut Engine,
+        order: Order,
+        requests: &mut Vec<(RequestTag, Request)>,
+    ) -> io::Result<()> {
+        match order {
+            Order::Open { device, depth, done } => done.send(self.open(reactor, device, depth)),
+            Order::Abort => engine.abort(),
+            Order::Flush { done } => {
+                self.flushing = Some(done);
+                requests.push((LAST_FLUSH, Request::Flush));
+            }
+            Order::Release { done } => {
+                self.releasing = Some(done);
+                self.release_if_drained();
+            }
+        }
+        Ok(())
+    }
+
+    fn open(&mut self, reactor: &mut Reactor, device: File, depth: u16) -> io::Result<()> {
+        if !self.config.host {
+            // The driver looks at whoever sends a FETCH: without the privilege the host never reads the disk's partition
+            // table (I13). The driver's commands are sent by the main thread, which keeps it.
+            process::drop_sys_admin()?;
+        }
+        self.queue = Some(UblkQueue::open(device, depth, self.pool.clone(), reactor)?);
+        Ok(())
+    }
+
+    fn on_queue(&mut self, reactor: &mut Reactor, completed: Completed, requests: &mut Vec<(RequestTag, Request)>) -> io::Result<()> {
+        let Some(queue) = &mut self.queue else { return Err(io::Error::other("a command of a queue that is closed")) };
+        if let Some(taken) = queue.on_completed(reactor, completed.token, completed.result)? {
+            requests.push(request(taken));
+        }
+        self.release_if_drained();
+        Ok(())
+    }
+
+    fn release_if_drained(&mut self) {
+        let drained = self.queue.as_ref().is_none_or(UblkQueue::is_drained);
+        if !drained {
+            return;
+        }
+        match self.releasing.take() {
+            Some(done) => {
+                // The driver deletes the device only when the mapping and the file are gone.
+                self.queue = None;
+                done.send(());
+            }
+            // The order may still come; whether it will is for the main thread to know.
+            None => self.notify(Notice::QueueEnded),
+        }
+    }
+
+    fn notify(&self, notice: Notice) {
+        // The main thread ends only with the process.
+        let _ = self.notices.send(notice);
+    }
+}
+
+impl FrontEnd for TargetFrontEnd {
+    fn on_start(&mut self, reactor: &mut Reactor) -> io::Result<()> {
+        self.mailboxes.commands.arm(reactor, COMMANDS)?;
+        self.mailboxes.orders.arm(reactor, ORDERS)
+    }
+
+    fn on_serve(&mut self, _reactor: &mut Reactor, term: Term) -> io::Result<()> {
+        self.notify(Notice::Serving(term));
+        Ok(())
+    }
+
+    fn on_completed(
+        &mut self,
+        reactor: &mut Reactor,
+        engine: &mut Engine,
+        completed: Completed,
+        requests: &mut Vec<(RequestTag, Request)>,
+    ) -> io::Result<()> {
+        match (completed.source, completed.token) {
+            (Some(Source::Mailbox), COMMANDS) => {
+                for command in self.mailboxes.commands.take() {
+                    self.on_command(engine, command);
+                }
+                self.mailboxes.commands.arm(reactor, COMMANDS)
+            }
+            (Some(Source::Mailbox), _) => {
+                let orders: Vec<Order> = self.mailboxes.orders.take().collect();
+                for order in orders {
+                    self.on_order(reactor, engine, order, requests)?;
+                }
+                self.mailboxes.orders.arm(reactor, ORDERS)
+            }
+            _ => self.on_queue(reactor, completed, requests),
+        }
+    }
+
+    fn on_response(
+        &mut self,
+        reactor: &mut Reactor,
+        tag: RequestTag,
+        result: Result<Response, RequestError>,
+        requests: &mut Vec<(RequestTag, Request)>,
+    ) -> io::Result<()> {
+        if tag == LAST_FLUSH {
+            if let Some(done) = self.flushing.take() {
+                done.send(result.is_ok());
+            }
+            return Ok(());
+        }
+        let Some(queue) = &mut self.queue else { return Err(io::Error::other("an answer for a queue that is closed")) };
+        let read = match &result {
+            Ok(Response::Read(ReadBytes::Bytes(bytes))) => Ok(Some(&**bytes)),
+            Ok(Response::Read(ReadBytes::Zeroes) | Response::Done) => Ok(None),
+            Err(error) => {
+                tracing::warn!(%error, tag = tag.0, "a request failed");
+                Err(errno(*error))
+            }
+        };
+        queue.finish(reactor, tag.0, read)?;
+        while let Some(taken) = queue.next_waiting(reactor)? {
+            requests.push(request(taken));
+        }
+        Ok(())
+    }
+
+    fn is_finished(&self) -> bool {
+        // The process ends by the main thread's word, or by a signal.
+        false
+    }
+}
+
+/// All are EIO. File systems and virtual machines act on nothing finer: they take EILSEQ for a fault of the cable, and EINVAL
+/// for one of their own.
+const fn errno(error: RequestError) -> i32 {
+    match error {
+        RequestError::Range | RequestError::Damaged | RequestError::Aborted => -libc::EIO,
+    }
+}
+
+fn request(Taken { tag, asked, data }: Taken) -> (RequestTag, Request) {
+    let extent = asked.extent;
+    let request = match (asked.operation, data) {
+        (Operation::Write { fua }, Some(data)) => Request::Write { extent, data: data.share(), fua },
+        (Operation::WriteZeroes { fua }, _) => Request::WriteZeroes { extent, fua },
+        (Operation::Discard, _) => Request::Discard { extent },
+        (Operation::Flush, _) => Request::Flush,
+        // A write always comes with its data.
+        (Operation::Read | Operation::Write { .. }, _) => Request::Read { extent },
+    };
+    (RequestTag(tag.into()), request)
+}

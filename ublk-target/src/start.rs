@@ -1,0 +1,174 @@
+//! How a target process starts, and how it ends with an error.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use carrick_backing_store::{BufferPool, VolumeId};
+use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory, TargetAnswer, TargetConfig};
+use carrick_replicator::engine::EngineConfig;
+use carrick_replicator::io::{ControlSocket, Primary, PrimaryError, listen_unix, mailbox};
+use uuid::Uuid;
+
+use crate::files;
+use crate::front::{Mailboxes, Notice, TargetFrontEnd};
+use crate::preflight;
+use crate::process;
+use crate::progress::Progress;
+use crate::service::Service;
+
+/// I7's default.
+const REPLICA_TIMEOUT: Duration = Duration::from_millis(1500);
+const BACKLOG_BYTES: u64 = 64 << 20;
+/// Free buffers kept under load; all are given back when nothing happens.
+const POOL_KEEP: usize = 16 << 20;
+
+/// What `carrick-target run` is told.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The configuration.
+    pub config: PathBuf,
+    /// The run directory.
+    pub run: RunDirectory,
+    /// Whether replicas on other hosts may be reached without TLS.
+    pub insecure: bool,
+}
+
+/// Runs a target until it is detached or fails.
+pub fn run(options: &Options) -> ExitCode {
+    let (config, block) = match files::read_config(&options.config) {
+        Ok(config) => config,
+        Err(error) => return complain(&error),
+    };
+    let volume = config.volume;
+    // Kept until the process ends.
+    let _lock = match files::lock(&options.run.target_lock(volume), volume) {
+        Ok(lock) => lock,
+        // Another target lives: the file that says why a target ended is not about this one.
+        Err(error) => return complain(&error),
+    };
+    files::remove(&options.run.target_failure(volume));
+    let run = options.run.clone();
+    std::panic::set_hook(Box::new(move |panic| {
+        let error = ControlError { code: ControlErrorCode::Failed, message: format!("internal error: {panic}") };
+        record(&run, volume, &error);
+    }));
+    match start(options, config, block).and_then(|mut service| service.run()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => end(&options.run, volume, &error),
+    }
+}
+
+fn start(options: &Options, config: TargetConfig, block: crate::params::LogicalBlock) -> Result<Service, ControlError> {
+    let (driver, features) = preflight::open_driver()?;
+    features.check()?;
+    // Before threads are made.
+    process::prepare();
+    let path = options.run.target_control(config.volume);
+    let listening = files::make_folder_of(&path).and_then(|()| listen_unix(&path));
+    let listener = listening.map_err(|error| failed(format!("can't listen on {}: {error}", path.display())))?;
+    let no_mailbox = |error| failed(format!("can't make a mailbox: {error}"));
+    let (command_sender, commands) = mailbox().map_err(no_mailbox)?;
+    let (orders, order_receiver) = mailbox().map_err(no_mailbox)?;
+    let (notices, notice_receiver) = mpsc::channel();
+    let progress = Progress::default();
+    let mailboxes = Mailboxes { commands, orders: order_receiver };
+    spawn_queue_thread(options, &config, mailboxes, notices, &progress)?;
+    let socket = ControlSocket::serve(listener, command_sender, TargetAnswer::Refused)
+        .map_err(|error| failed(format!("can't serve the control socket: {error}")))?;
+    Ok(Service {
+        config,
+        block,
+        config_path: options.config.clone(),
+        run: options.run.clone(),
+        driver,
+        features,
+        orders,
+        notices: notice_receiver,
+        progress,
+        socket,
+        queue_is_open: false,
+    })
+}
+
+fn spawn_queue_thread(
+    options: &Options,
+    config: &TargetConfig,
+    mailboxes: Mailboxes,
+    notices: mpsc::Sender<Notice>,
+    progress: &Progress,
+) -> Result<(), ControlError> {
+    let (options, config, progress) = (options.clone(), config.clone(), progress.clone());
+    let thread = move || {
+        let (run, volume) = (options.run.clone(), config.volume);
+        let error = match serve(&options, config, mailboxes, notices, progress) {
+            Ok(()) => failed("the queue thread has ended"),
+            Err(error) => explain(&error),
+        };
+        // Not by way of the main thread, which may wait for the driver: requests under way stay with the kernel.
+        end(&run, volume, &error);
+        std::process::exit(1);
+    };
+    thread::Builder::new()
+        .name("queue".into())
+        .spawn(thread)
+        .map(drop)
+        .map_err(|error| failed(format!("can't start the queue thread: {error}")))
+}
+
+fn serve(
+    options: &Options,
+    config: TargetConfig,
+    mailboxes: Mailboxes,
+    notices: mpsc::Sender<Notice>,
+    progress: Progress,
+) -> Result<(), PrimaryError> {
+    let pool = BufferPool::new(POOL_KEEP);
+    let engine = EngineConfig {
+        volume: config.volume,
+        size: config.size,
+        members: config.replicas.len(),
+        replica_timeout: REPLICA_TIMEOUT,
+        backlog_bytes: BACKLOG_BYTES,
+        seed: Uuid::new_v4().as_u64_pair().0,
+    };
+    let endpoints = config.replicas.iter().map(|replica| replica.endpoint.clone()).collect();
+    let mut primary = Primary::new(engine, endpoints, pool.clone(), options.insecure)?;
+    primary.run(&mut TargetFrontEnd::new(config, mailboxes, notices, progress, pool))
+}
+
+fn explain(error: &PrimaryError) -> ControlError {
+    match error {
+        PrimaryError::Superseded { .. } => ControlError {
+            code: ControlErrorCode::Conflict,
+            message: format!("{error}: this target ends, and what it has not answered stays with the kernel"),
+        },
+        PrimaryError::Insecure(_) => ControlError { code: ControlErrorCode::Invalid, message: error.to_string() },
+        PrimaryError::Ring(_) => ControlError { code: ControlErrorCode::Unsupported, message: error.to_string() },
+        PrimaryError::Endpoints { .. } | PrimaryError::Io(_) => failed(error),
+    }
+}
+
+/// One sentence for people, one file for `carrickd`.
+fn end(run: &RunDirectory, volume: VolumeId, error: &ControlError) -> ExitCode {
+    record(run, volume, error);
+    complain(error)
+}
+
+fn record(run: &RunDirectory, volume: VolumeId, error: &ControlError) {
+    if let Err(also) = files::write_failure(run, volume, error) {
+        tracing::warn!(error = %also, "can't write down why this target ends");
+    }
+}
+
+/// Says on standard error why the program ends.
+pub fn complain(error: &ControlError) -> ExitCode {
+    eprintln!("carrick-target: {error}");
+    ExitCode::FAILURE
+}
+
+fn failed(why: impl ToString) -> ControlError {
+    ControlError { code: ControlErrorCode::Failed, message: why.to_string() }
+}
