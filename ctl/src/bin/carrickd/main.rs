@@ -1,2 +1,154 @@
-//! Placeholder.
-fn main() {}
+//! `carrickd`: the daemon of a node. It makes the node what the records say, and is never in the path of I/O: it may be
+//! stopped, killed or upgraded at any time, and the next one takes over what runs.
+
+mod attach;
+mod context;
+mod control;
+mod launch;
+mod locks;
+mod metadata;
+mod node;
+mod observed;
+mod pidfd;
+mod reconcile;
+mod service;
+mod shutdown;
+mod startup;
+mod stores;
+mod survey;
+mod view;
+mod volumes;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use carrick_ctl::v1;
+use carrick_replicator::control::RunDirectory;
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+use tokio_stream::wrappers::UnixListenerStream;
+use tracing_subscriber::EnvFilter;
+
+use crate::context::{Context, Gate};
+use crate::metadata::RedbStore;
+use crate::service::Services;
+
+/// For calls that are under way when the daemon is told to end. What they do is in the records; the next carrickd goes on.
+const LAST_CALLS_LIMIT: Duration = Duration::from_secs(2);
+
+/// The Carrick daemon: looks after the stores and the attached volumes of this node.
+///
+/// SIGTERM ends the daemon alone; attached volumes go on. To end everything, use `carrick shutdown`.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Folder of sockets, emptied at a restart of the machine
+    #[arg(long, value_name = "DIR", default_value = "/run/carrick")]
+    run_dir: PathBuf,
+    /// Folder of the records and logs
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/carrick")]
+    state_dir: PathBuf,
+    /// Where carrick-replica and carrick-target are [default: beside carrickd]
+    #[arg(long, value_name = "DIR")]
+    bin_dir: Option<PathBuf>,
+    /// What to log: error, warn, info, debug, or a tracing filter
+    #[arg(long, value_name = "FILTER", default_value = "info")]
+    log: String,
+    /// For tests: without root there are no block devices
+    #[arg(long, hide = true)]
+    allow_non_root: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match serve(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("carrickd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(arguments: &Arguments) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&arguments.log).with_context(|| format!("--log {}", arguments.log))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    if !arguments.allow_non_root {
+        startup::check_root()?;
+    }
+    let bin_dir = match &arguments.bin_dir {
+        Some(given) => startup::folder(given, 0o755)?,
+        None => std::env::current_exe()?.parent().context("carrickd is in no folder")?.to_path_buf(),
+    };
+    startup::check_programs(&bin_dir)?;
+    let state_dir = startup::folder(&arguments.state_dir, 0o750)?;
+    let _state_lock = startup::lock(&state_dir, "--state-dir")?;
+    startup::folder(&state_dir.join("log"), 0o750)?;
+    let run_dir = startup::run_folder(&arguments.run_dir)?;
+    let _run_lock = startup::lock(&run_dir, "--run-dir")?;
+    let metadata = Arc::new(RedbStore::open(&state_dir.join("metadata.redb"))?);
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let changed = Arc::new(Notify::new());
+    let (node, inbox) = node::channel(Arc::clone(&changed));
+    let context = Arc::new(Context {
+        run: RunDirectory::new(run_dir),
+        state_dir,
+        bin_dir,
+        metadata,
+        node,
+        locks: locks::Locks::new(changed),
+        stores: tokio::sync::Mutex::default(),
+        gate: Gate::default(),
+        started: Instant::now(),
+    });
+    let result = runtime.block_on(run(Arc::clone(&context), inbox));
+    // A call to the disk may hang: it must not keep the daemon.
+    runtime.shutdown_background();
+    let _ = fs::remove_file(context.run.daemon_socket());
+    result
+}
+
+async fn run(context: Arc<Context>, inbox: node::NodeInbox) -> anyhow::Result<()> {
+    let end = Arc::new(Notify::new());
+    let listener = startup::listen(&context.run.daemon_socket())?;
+    let (health_reporter, health) = tonic_health::server::health_reporter();
+    let services = Services::new(Arc::clone(&context), Arc::clone(&end));
+    let stores = v1::store_service_server::StoreServiceServer::new(services.clone());
+    let volumes = v1::volume_service_server::VolumeServiceServer::new(services.clone());
+    let nodes = v1::node_service_server::NodeServiceServer::new(services);
+    health_reporter.set_serving::<v1::store_service_server::StoreServiceServer<Services>>().await;
+    health_reporter.set_serving::<v1::volume_service_server::VolumeServiceServer<Services>>().await;
+    health_reporter.set_serving::<v1::node_service_server::NodeServiceServer<Services>>().await;
+    let reflection = tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(v1::DESCRIPTORS).build_v1()?;
+
+    tokio::spawn(node::run(Arc::clone(&context), inbox));
+    let ending = Arc::new(Notify::new());
+    let ends = Arc::clone(&ending);
+    let server = tonic::transport::Server::builder()
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(stores)
+        .add_service(volumes)
+        .add_service(nodes)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move { ends.notified().await });
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), run_dir = %context.run.root().display(), "serving");
+
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::pin!(server);
+    tokio::select! {
+        result = &mut server => return Ok(result?),
+        _ = terminate.recv() => tracing::info!("ending on SIGTERM; stores and volumes go on"),
+        _ = interrupt.recv() => tracing::info!("ending on SIGINT; stores and volumes go on"),
+        () = end.notified() => tracing::info!("everything is shut down"),
+    }
+    ending.notify_one();
+    // Over the limit, the calls are given up.
+    let _ = tokio::time::timeout(LAST_CALLS_LIMIT, server).await;
+    Ok(())
+}

@@ -1,0 +1,191 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use carrick_ctl::size::{SizeError, parse_size};
+use carrick_replicator::control::RunDirectory;
+use clap::{Args, Parser, Subcommand};
+
+/// Printed below the help: scripts rely on it.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed for another reason
+  2  the command line, or a value in it, makes no sense
+  3  there is no such volume or store
+  4  there is one already, and it differs from what was asked for
+  5  not in this state: attached, in use, or too few stores
+  6  no room
+  7  something doesn't answer, or not in time; trying again may help
+  8  this machine can't do it: no ublk, no privilege
+
+With --json, results go to standard output as JSON, and errors to standard error as one object:
+  {\"code\": 5, \"reason\": \"VOLUME_ATTACHED\", \"subject\": \"vm1\", \"message\": \"…\"}
+
+Sizes: 20G, 512M, 1T are powers of 1024 (so are GiB, MiB, TiB); 20GB, 512MB, 1TB are powers of 1000; 4096 is bytes.";
+
+/// Replicated block devices for virtual machines.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_CODES, disable_help_subcommand = true)]
+pub struct Arguments {
+    /// Folder of carrickd's sockets
+    #[arg(long, global = true, value_name = "DIR", default_value = "/run/carrick")]
+    run_dir: PathBuf,
+    /// carrickd's socket [default: carrickd.sock in the folder of sockets]
+    #[arg(long, global = true, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Write JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+impl Arguments {
+    /// Where carrickd is reached.
+    pub fn socket(&self) -> PathBuf {
+        self.socket.clone().unwrap_or_else(|| RunDirectory::new(&self.run_dir).daemon_socket())
+    }
+}
+
+/// What can be done.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Stores: folders that hold replicas, one per disk
+    #[command(subcommand)]
+    Store(StoreCommand),
+    /// Volumes
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// Make a volume a block device of this node; prints the device
+    Attach(Attach),
+    /// Take a volume's block device away
+    Detach(Detach),
+    /// Show how this node does
+    Status,
+    /// End everything on this node, carrickd included (to end carrickd alone, send it SIGTERM)
+    Shutdown(Shutdown),
+}
+
+/// What can be done with stores.
+#[derive(Debug, Subcommand)]
+pub enum StoreCommand {
+    /// Use a folder as a store: an empty one is formatted, a Carrick store is taken over
+    Add {
+        /// The folder
+        path: PathBuf,
+        /// Let other nodes reach it at this address
+        #[arg(long, value_name = "IP:PORT")]
+        listen: Option<String>,
+        /// Without TLS
+        #[arg(long, requires = "listen")]
+        insecure: bool,
+    },
+    /// List the stores
+    List,
+    /// Stop using a store that has no replicas; its files stay
+    Remove {
+        /// Its id, the beginning of that, or its path
+        store: String,
+    },
+}
+
+/// What can be done with volumes.
+#[derive(Debug, Subcommand)]
+pub enum VolumeCommand {
+    /// Make a volume
+    Create {
+        /// Letters, digits, dots, dashes and underscores
+        name: String,
+        /// Such as 20G
+        #[arg(long, value_parser = size)]
+        size: u64,
+        /// How many copies: 1, 2, 3 or 5 [default: 3, or as many as stores are given]
+        #[arg(long, value_name = "N")]
+        replicas: Option<u32>,
+        /// Logical block size: 512 or 4096 [default: 512]
+        #[arg(long, value_name = "BYTES")]
+        block_size: Option<u32>,
+        /// Put a replica on this store; repeat for each replica [default: the stores with the most free space]
+        #[arg(long = "store", value_name = "STORE")]
+        stores: Vec<String>,
+    },
+    /// List the volumes
+    List,
+    /// Show a volume and what each of its replicas does
+    Show {
+        /// Its name
+        name: String,
+    },
+    /// Delete a volume with its data
+    Delete {
+        /// Its name
+        name: String,
+    },
+}
+
+/// How to attach.
+#[derive(Debug, Args)]
+pub struct Attach {
+    /// The volume's name
+    pub name: String,
+    /// The host itself uses the device, and may look for partitions and file systems on it
+    #[arg(long)]
+    pub host: bool,
+    /// Requests in flight at most, 1 to 512 [default: 128]
+    #[arg(long, value_name = "N")]
+    pub queue_depth: Option<u32>,
+}
+
+/// How to detach.
+#[derive(Debug, Args)]
+pub struct Detach {
+    /// The volume's name
+    pub name: String,
+    /// Even while the device is open: whoever has it open gets errors from then on
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// How to shut down.
+#[derive(Debug, Args)]
+pub struct Shutdown {
+    /// Detach what is attached first
+    #[arg(long)]
+    pub detach: bool,
+    /// Detach even what is in use
+    #[arg(long)]
+    pub force: bool,
+}
+
+fn size(text: &str) -> Result<u64, SizeError> {
+    parse_size(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn the_socket_is_in_the_run_directory_unless_it_is_given() {
+        let parse = |line: &str| Arguments::try_parse_from(line.split(' ')).unwrap();
+        assert_eq!(parse("carrick status").socket(), PathBuf::from("/run/carrick/carrickd.sock"));
+        assert_eq!(parse("carrick status --run-dir /x").socket(), PathBuf::from("/x/carrickd.sock"));
+        assert_eq!(parse("carrick --socket /y status --run-dir /x").socket(), PathBuf::from("/y"));
+    }
+
+    #[test]
+    fn a_wrong_size_is_a_usage_error() {
+        let error = Arguments::try_parse_from("carrick volume create a --size 1.5G".split(' ')).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("such as 20G"), "{error}");
+    }
+}

@@ -1,0 +1,131 @@
+//! What each command does. To add one: a variant of [`Command`] and an arm in [`run`].
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use carrick_ctl::v1;
+use serde::Serialize;
+
+use crate::arguments::{Arguments, Attach, Command, Detach, Shutdown, StoreCommand, VolumeCommand};
+use crate::client::{Client, change, question};
+use crate::report::Problem;
+use crate::words;
+
+/// For the daemon to be gone after it said that everything is shut down.
+const GONE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Where results go.
+struct Output {
+    json: bool,
+}
+
+impl Output {
+    /// Shows a result: as JSON, or in words.
+    fn show<T: Serialize>(&self, result: &T, words: impl FnOnce(&T) -> String) -> Result<(), Problem> {
+        let text = if self.json { serde_json::to_string_pretty(result).map_err(Problem::local)? + "\n" } else { words(result) };
+        match io::stdout().lock().write_all(text.as_bytes()) {
+            // The reader has seen enough (`carrick volume list | head -1`).
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            result => result.map_err(Problem::local),
+        }
+    }
+}
+
+/// Runs a command.
+pub async fn run(arguments: Arguments) -> Result<(), Problem> {
+    let client = Client::connect(&arguments.socket()).await?;
+    let output = Output { json: arguments.json };
+    match arguments.command {
+        Command::Store(command) => store(&client, &output, command).await,
+        Command::Volume(command) => volume(&client, &output, command).await,
+        Command::Attach(arguments) => attach(&client, &output, arguments).await,
+        Command::Detach(arguments) => detach(&client, &output, arguments).await,
+        Command::Status => {
+            let status = client.node().get_status(question(v1::GetStatusRequest {})).await?.into_inner();
+            output.show(&status, words::status)
+        }
+        Command::Shutdown(arguments) => shutdown(&client, &output, &arguments).await,
+    }
+}
+
+async fn store(client: &Client, output: &Output, command: StoreCommand) -> Result<(), Problem> {
+    let mut stores = client.stores();
+    match command {
+        StoreCommand::Add { path, listen, insecure } => {
+            // The daemon has another working directory.
+            let path = std::path::absolute(path).map_err(Problem::local)?;
+            let Some(path) = path.to_str().map(str::to_owned) else {
+                return Err(carrick_ctl::fault::Fault::invalid("path", "a store's path must be UTF-8").into());
+            };
+            let answer = stores.add_store(change(v1::AddStoreRequest { path, listen, insecure })).await?.into_inner();
+            let store = answer.store.unwrap_or_default();
+            output.show(&store, |store| format!("{}\n", store.id))
+        }
+        StoreCommand::List => {
+            let answer = stores.list_stores(question(v1::ListStoresRequest {})).await?.into_inner();
+            output.show(&answer.stores, |stores| words::stores(stores))
+        }
+        StoreCommand::Remove { store } => {
+            let answer = stores.remove_store(change(v1::RemoveStoreRequest { store })).await?.into_inner();
+            output.show(&answer, |_| String::new())
+        }
+    }
+}
+
+async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Result<(), Problem> {
+    let mut volumes = client.volumes();
+    match command {
+        VolumeCommand::Create { name, size, replicas, block_size, stores } => {
+            let request = v1::CreateVolumeRequest { name, size_bytes: size, replicas, block_size, stores };
+            let answer = volumes.create_volume(change(request)).await?.into_inner();
+            output.show(&answer.volume.unwrap_or_default(), words::volume)
+        }
+        VolumeCommand::List => {
+            let answer = volumes.list_volumes(question(v1::ListVolumesRequest {})).await?.into_inner();
+            output.show(&answer.volumes, |volumes| words::volumes(volumes))
+        }
+        VolumeCommand::Show { name } => {
+            let answer = volumes.get_volume(question(v1::GetVolumeRequest { name })).await?.into_inner();
+            output.show(&answer.volume.unwrap_or_default(), words::volume)
+        }
+        VolumeCommand::Delete { name } => {
+            let answer = volumes.delete_volume(change(v1::DeleteVolumeRequest { name })).await?.into_inner();
+            output.show(&answer, |answer| match answer.pending_stores.as_slice() {
+                [] => String::new(),
+                stores => format!("deleted; these stores can't be reached and delete their replica later: {}\n", stores.join(", ")),
+            })
+        }
+    }
+}
+
+async fn attach(client: &Client, output: &Output, arguments: Attach) -> Result<(), Problem> {
+    let Attach { name, host, queue_depth } = arguments;
+    let answer = client.volumes().attach_volume(change(v1::AttachVolumeRequest { name, host, queue_depth })).await?.into_inner();
+    output.show(&answer, |answer| format!("{}\n", answer.device))
+}
+
+async fn detach(client: &Client, output: &Output, arguments: Detach) -> Result<(), Problem> {
+    let Detach { name, force } = arguments;
+    let answer = client.volumes().detach_volume(change(v1::DetachVolumeRequest { name, force })).await?.into_inner();
+    output.show(&answer, |_| String::new())
+}
+
+async fn shutdown(client: &Client, output: &Output, arguments: &Shutdown) -> Result<(), Problem> {
+    let request = v1::ShutdownRequest { detach: arguments.detach, force: arguments.force };
+    let answer = client.node().shutdown(change(request)).await?.into_inner();
+    wait_until_gone(client.socket()).await?;
+    output.show(&answer, |_| String::new())
+}
+
+/// The daemon answers, and then ends: whoever runs this command next must not meet it.
+async fn wait_until_gone(socket: &Path) -> Result<(), Problem> {
+    let started = Instant::now();
+    while socket.exists() {
+        if started.elapsed() >= GONE_LIMIT {
+            return Err(Problem::local(format!("everything is shut down, but carrickd itself doesn't end; {} is still there", socket.display())));
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Ok(())
+}

@@ -1,0 +1,277 @@
+//! What the daemon answers, for people.
+
+use std::fmt::Write;
+
+use carrick_ctl::size::HumanSize;
+use carrick_ctl::v1::{
+    Attachment, AttachmentState, GetStatusResponse, Process, ProcessKind, ProcessState, Replica, ReplicaState, Store, TargetPhase, Volume,
+    VolumeState,
+};
+
+use crate::table::Table;
+
+/// What a cell without content shows.
+const NONE: &str = "-";
+/// How much of a store's id identifies it for people.
+const SHORT_ID: usize = 8;
+
+/// A table of stores.
+pub fn stores(stores: &[Store]) -> String {
+    if stores.is_empty() {
+        return "no stores; add one with carrick store add PATH\n".into();
+    }
+    let mut table = Table::new(["STORE", "PATH", "STATE", "FREE", "SIZE", "VOLUMES", "PROBLEM"]);
+    for store in stores {
+        table.row([
+            short(&store.id),
+            store.path.clone(),
+            process_state(store.process()).into(),
+            store.usage.map_or(NONE.into(), |usage| HumanSize(usage.free_bytes).to_string()),
+            store.usage.map_or(NONE.into(), |usage| HumanSize(usage.capacity_bytes).to_string()),
+            store.volumes.len().to_string(),
+            store.problem.clone().unwrap_or_default(),
+        ]);
+    }
+    table.to_string()
+}
+
+/// A table of volumes.
+pub fn volumes(volumes: &[Volume]) -> String {
+    if volumes.is_empty() {
+        return "no volumes; make one with carrick volume create NAME --size SIZE\n".into();
+    }
+    let mut table = Table::new(["NAME", "SIZE", "STATE", "DEVICE", "REPLICAS"]);
+    for volume in volumes {
+        let device = volume.attachment.as_ref().and_then(|attachment| attachment.device.clone());
+        table.row([
+            volume.name.clone(),
+            HumanSize(volume.size_bytes).to_string(),
+            volume_state(volume),
+            device.unwrap_or_else(|| NONE.into()),
+            replica_summary(volume),
+        ]);
+    }
+    table.to_string()
+}
+
+/// One volume, with its replicas.
+pub fn volume(volume: &Volume) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: &str| {
+        // Writing to a string can't fail.
+        let _ = writeln!(text, "{name:<12}{value}");
+    };
+    line("name", &volume.name);
+    line("id", &volume.id);
+    line("size", &format!("{} ({} bytes)", HumanSize(volume.size_bytes), volume.size_bytes));
+    line("block size", &volume.block_size.to_string());
+    line("state", &volume_state(volume));
+    line("config", &volume.config_version.to_string());
+    if let Some(attachment) = &volume.attachment {
+        line("device", attachment.device.as_deref().unwrap_or(NONE));
+        line("used by", if attachment.host { "the host" } else { "a guest" });
+        line("queue depth", &attachment.queue_depth.to_string());
+        line("term", attachment.term.as_deref().unwrap_or(NONE));
+        line("in flight", &attachment.requests_in_flight.to_string());
+        attachment.waiting_for.as_deref().into_iter().for_each(|what| line("waits for", what));
+        attachment.problem.as_deref().into_iter().for_each(|what| line("problem", what));
+    }
+    let mut table = Table::new(["REPLICA IN", "STORE", "STATE", "LAST ERROR"]);
+    for replica in &volume.replicas {
+        let error = replica.last_error.clone().unwrap_or_default();
+        table.row([replica.store_path.clone(), short(&replica.store), replica_state(replica), error]);
+    }
+    let _ = write!(text, "\n{table}");
+    text
+}
+
+/// The whole node.
+pub fn status(status: &GetStatusResponse) -> String {
+    let mut text = String::new();
+    let up = uptime(status.uptime_seconds);
+    // Writing to a string can't fail.
+    let _ = writeln!(text, "carrickd {}, process {}, up {up}", status.version, status.pid);
+    let _ = writeln!(text, "run directory {}, state directory {}\n", status.run_dir, status.state_dir);
+    let _ = writeln!(text, "{}", stores(&status.stores));
+    let _ = writeln!(text, "{}", volumes(&status.volumes));
+    if !status.processes.is_empty() {
+        let _ = writeln!(text, "{}", processes(status));
+    }
+    if status.problems.is_empty() {
+        let _ = writeln!(text, "all is well");
+    }
+    for problem in &status.problems {
+        let _ = writeln!(text, "problem: {problem}");
+    }
+    text
+}
+
+fn processes(status: &GetStatusResponse) -> Table {
+    let mut table = Table::new(["PROCESS", "OF", "STATE", "PID", "RESTARTS", ""]);
+    for process in &status.processes {
+        table.row([
+            match process.kind() {
+                ProcessKind::Replica => "carrick-replica".into(),
+                ProcessKind::Target => "carrick-target".into(),
+                ProcessKind::Unspecified => NONE.into(),
+            },
+            process_subject(status, process),
+            process_state(process.state()).into(),
+            process.pid.map_or(NONE.into(), |pid| pid.to_string()),
+            process.restarts.to_string(),
+            process.problem.clone().unwrap_or_default(),
+        ]);
+    }
+    table
+}
+
+/// The store's path or the volume's name rather than an id.
+fn process_subject(status: &GetStatusResponse, process: &Process) -> String {
+    let store = status.stores.iter().find(|store| store.id == process.subject).map(|store| &store.path);
+    let volume = status.volumes.iter().find(|volume| volume.id == process.subject).map(|volume| &volume.name);
+    store.or(volume).unwrap_or(&process.subject).clone()
+}
+
+/// Where a volume stands, in words.
+fn volume_state(volume: &Volume) -> String {
+    match (volume.state(), &volume.attachment) {
+        (VolumeState::Creating, _) => "creating".into(),
+        (VolumeState::Deleting, _) => "deleting".into(),
+        (VolumeState::Unspecified, _) => "unknown".into(),
+        (VolumeState::Ready, None) => "detached".into(),
+        (VolumeState::Ready, Some(attachment)) => attachment_state(attachment),
+    }
+}
+
+fn attachment_state(attachment: &Attachment) -> String {
+    let word = match attachment.state() {
+        AttachmentState::Attaching => "attaching",
+        AttachmentState::Attached => "attached",
+        AttachmentState::Detaching => "detaching",
+        AttachmentState::Unspecified => "unknown",
+    };
+    match attachment.phase() {
+        TargetPhase::Serving => word.into(),
+        TargetPhase::Unspecified => format!("{word}, no target"),
+        TargetPhase::Electing => format!("{word}, connecting to replicas"),
+        TargetPhase::Reconciling => format!("{word}, bringing replicas to the same bytes"),
+        TargetPhase::Starting => format!("{word}, making the device"),
+        TargetPhase::Stopping => format!("{word}, stopping the device"),
+    }
+}
+
+fn process_state(state: ProcessState) -> &'static str {
+    match state {
+        ProcessState::Unspecified => "unknown",
+        ProcessState::Starting => "starting",
+        ProcessState::Running => "running",
+        ProcessState::Stopping => "stopping",
+        ProcessState::Down => "down",
+    }
+}
+
+/// `3 in sync`, or `2 in sync, 1 copying 40 %`.
+fn replica_summary(volume: &Volume) -> String {
+    let mut counts: Vec<(String, usize)> = Vec::new();
+    for word in volume.replicas.iter().map(replica_state) {
+        match counts.iter_mut().find(|(known, _)| *known == word) {
+            Some((_, count)) => *count += 1,
+            None => counts.push((word, 1)),
+        }
+    }
+    if counts.is_empty() {
+        return NONE.into();
+    }
+    counts.iter().map(|(word, count)| format!("{count} {word}")).collect::<Vec<_>>().join(", ")
+}
+
+/// What a replica does, in words.
+fn replica_state(replica: &Replica) -> String {
+    match replica.state() {
+        ReplicaState::Unspecified => "unknown".into(),
+        ReplicaState::Idle => "idle".into(),
+        ReplicaState::Disconnected => "disconnected".into(),
+        ReplicaState::Joining => "joining".into(),
+        ReplicaState::InSync => "in sync".into(),
+        ReplicaState::Copying => match (replica.copied_bytes, replica.copy_total_bytes) {
+            (Some(copied), Some(total)) if total > 0 => format!("copying {} %", u128::from(copied) * 100 / u128::from(total)),
+            _ => "copying".into(),
+        },
+        ReplicaState::Behind => "behind".into(),
+        ReplicaState::Refused => "refused".into(),
+        ReplicaState::Missing => "missing".into(),
+    }
+}
+
+fn short(id: &str) -> String {
+    id.chars().take(SHORT_ID).collect()
+}
+
+fn uptime(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min", seconds / 60),
+        3600..86400 => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{} d {} h", seconds / 86400, seconds % 86400 / 3600),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn replica(state: ReplicaState, copied: Option<(u64, u64)>) -> Replica {
+        Replica {
+            store: "0123456789abcdef".into(),
+            store_path: "/srv/a".into(),
+            state: state.into(),
+            copied_bytes: copied.map(|copied| copied.0),
+            copy_total_bytes: copied.map(|copied| copied.1),
+            last_error: None,
+        }
+    }
+
+    #[test]
+    fn a_volume_says_in_words_what_its_replicas_do() {
+        let attachment = Attachment {
+            state: AttachmentState::Attached.into(),
+            queue_depth: 128,
+            device: Some("/dev/ublkb0".into()),
+            term: Some("3.0000abcd".into()),
+            phase: TargetPhase::Serving.into(),
+            ..Attachment::default()
+        };
+        let shown = Volume {
+            id: "5".into(),
+            name: "vm1".into(),
+            size_bytes: 20 << 30,
+            block_size: 512,
+            config_version: 1,
+            created_unix: 0,
+            state: VolumeState::Ready.into(),
+            replicas: vec![
+                replica(ReplicaState::InSync, None),
+                replica(ReplicaState::Copying, Some((2, 5))),
+                replica(ReplicaState::InSync, None),
+            ],
+            attachment: Some(attachment),
+        };
+        assert_eq!(
+            volumes(std::slice::from_ref(&shown)),
+            "NAME  SIZE    STATE     DEVICE       REPLICAS\nvm1   20 GiB  attached  /dev/ublkb0  2 in sync, 1 copying 40 %\n"
+        );
+        let text = volume(&shown);
+        assert!(text.contains("state       attached\n"), "{text}");
+        assert!(text.contains("REPLICA IN  STORE     STATE         LAST ERROR\n/srv/a      01234567  in sync\n"), "{text}");
+        assert_eq!(replica_state(&replica(ReplicaState::Copying, Some((0, 0)))), "copying");
+        assert_eq!(replica_state(&replica(ReplicaState::Copying, Some((u64::MAX, u64::MAX)))), "copying 100 %");
+    }
+
+    #[test]
+    fn an_empty_node_says_what_to_do() {
+        let text = status(&GetStatusResponse { version: "1".into(), pid: 7, uptime_seconds: 3725, ..GetStatusResponse::default() });
+        assert!(text.starts_with("carrickd 1, process 7, up 1 h 2 min\n"), "{text}");
+        assert!(text.contains("carrick store add PATH"), "{text}");
+        assert!(text.ends_with("all is well\n"), "{text}");
+    }
+}

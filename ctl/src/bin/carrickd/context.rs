@@ -1,0 +1,121 @@
+//! What every part of the daemon has at hand.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Instant, SystemTime};
+
+use carrick_ctl::fault::{Fault, Reason};
+use carrick_replicator::control::RunDirectory;
+use tokio::sync::RwLockReadGuard;
+
+use crate::locks::Locks;
+use crate::metadata::{MetadataError, MetadataStore, Mutation, State};
+use crate::node::NodeHandle;
+use crate::observed::ProcessId;
+
+/// See the module.
+pub struct Context {
+    /// The files shared with the other processes; an absolute path.
+    pub run: RunDirectory,
+    /// What must survive a restart of the machine.
+    pub state_dir: PathBuf,
+    /// Where carrick-replica and carrick-target are.
+    pub bin_dir: PathBuf,
+    /// What is wanted.
+    pub metadata: Arc<dyn MetadataStore>,
+    /// What is there.
+    pub node: NodeHandle,
+    /// One operation at a time for each volume.
+    pub locks: Locks,
+    /// Stores are added and removed one after the other.
+    pub stores: tokio::sync::Mutex<()>,
+    /// Who may change something.
+    pub gate: Gate,
+    /// When this carrickd started.
+    pub started: Instant,
+}
+
+/// Operations pass it; once it is closed no new one does, and whoever closed it waits for those inside.
+#[derive(Default)]
+pub struct Gate {
+    closed: AtomicBool,
+    inside: tokio::sync::RwLock<()>,
+}
+
+impl Gate {
+    /// Lets an operation in until it drops the pass.
+    pub async fn enter(&self) -> Result<RwLockReadGuard<'_, ()>, Fault> {
+        let pass = self.inside.read().await;
+        if self.closed.load(Ordering::Relaxed) {
+            return Err(Fault::new(Reason::ShuttingDown, "carrickd", "this node is being shut down"));
+        }
+        Ok(pass)
+    }
+
+    /// Lets nobody in any more, and waits until nobody is inside.
+    pub async fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+        drop(self.inside.write().await);
+    }
+
+    /// Lets operations in again.
+    pub fn open(&self) {
+        self.closed.store(false, Ordering::Relaxed);
+    }
+}
+
+impl Context {
+    /// What is wanted now.
+    pub fn state(&self) -> Arc<State> {
+        self.metadata.state()
+    }
+
+    /// Changes what is wanted, durably, and lets the node follow.
+    pub async fn apply(&self, mutation: Mutation) -> Result<Arc<State>, Fault> {
+        let state = self.metadata.apply(mutation).await.map_err(metadata_fault)?;
+        self.node.poke();
+        Ok(state)
+    }
+
+    /// A process's control socket.
+    pub fn control_socket(&self, id: ProcessId) -> PathBuf {
+        match id {
+            ProcessId::Replica(store) => self.run.replica_control(store),
+            ProcessId::Target(volume) => self.run.target_control(volume),
+        }
+    }
+
+    /// What a process says on its standard output and error.
+    pub fn log_file(&self, id: ProcessId) -> PathBuf {
+        let name = match id {
+            ProcessId::Replica(store) => format!("replica-{store}.log"),
+            ProcessId::Target(volume) => format!("target-{volume}.log"),
+        };
+        self.state_dir.join("log").join(name)
+    }
+}
+
+/// Seconds since 1970.
+pub fn unix_now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// What a caller is told when a record can't be changed. Callers check the rules before, for a better text; one of them
+/// failing here means that somebody else was faster.
+fn metadata_fault(error: MetadataError) -> Fault {
+    let message = error.to_string();
+    match error {
+        MetadataError::NameTaken(name) => Fault::new(Reason::VolumeExists, name, message),
+        MetadataError::NoStore(store) => Fault::new(Reason::StoreNotFound, store, message),
+        MetadataError::StoreInUse { store, .. } => Fault::new(Reason::StoreInUse, store, message),
+        MetadataError::Attached(name) => Fault::new(Reason::VolumeAttached, name, message),
+        MetadataError::NotReady(name) => Fault::new(Reason::VolumeNotReady, name, message),
+        MetadataError::Changed(volume) => Fault::new(Reason::VolumeNotReady, volume, message),
+        MetadataError::SameStoreTwice { name, .. } => Fault::new(Reason::Internal, name, message),
+        MetadataError::InUse(path)
+        | MetadataError::UnknownFormat { path, .. }
+        | MetadataError::Damaged { path, .. }
+        | MetadataError::Storage { path, .. } => Fault::new(Reason::Internal, path.display(), message),
+    }
+}

@@ -1,0 +1,216 @@
+//! What `carrickd` must not forget: stores, volumes, attachments.
+//!
+//! [`State`] holds the rules of what may change into what, without I/O; a [`MetadataStore`] applies one [`Mutation`] at a
+//! time to it, durably. Rules kept here, whatever the callers do:
+//! * M1. No two volumes that aren't being deleted have the same name.
+//! * M2. A volume's replicas are on stores that are there, each on another one.
+//! * M3. Only a ready volume is attached, and an attached one is not deleted.
+//! * M4. A volume's config version only grows (compare-and-swap: whoever changes a volume says what it was).
+
+mod records;
+mod redb_store;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use carrick_backing_store::{StoreId, VolumeId};
+use carrick_ctl::name::VolumeName;
+
+pub use records::{AttachmentPhase, AttachmentRecord, FORMAT, StoreRecord, VolumePhase, VolumeRecord};
+pub use redb_store::RedbStore;
+
+/// Everything.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// The stores.
+    pub stores: BTreeMap<StoreId, StoreRecord>,
+    /// The volumes, those being made and deleted included.
+    pub volumes: BTreeMap<VolumeId, VolumeRecord>,
+    /// Which of them are to be attached here.
+    pub attachments: BTreeMap<VolumeId, AttachmentRecord>,
+}
+
+/// One change, done as a whole or not at all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    /// A store is added, or its options change.
+    PutStore(StoreRecord),
+    /// A store is forgotten.
+    RemoveStore(StoreId),
+    /// A new volume.
+    InsertVolume(VolumeRecord),
+    /// A volume changes.
+    ReplaceVolume {
+        /// What it was; if it is anything else by now, nothing is changed.
+        expected: Box<VolumeRecord>,
+        /// What it is to be.
+        new: Box<VolumeRecord>,
+    },
+    /// A volume's last replica is deleted.
+    RemoveVolume(VolumeId),
+    /// An attachment is wanted, or its phase changes.
+    PutAttachment(AttachmentRecord),
+    /// It is gone.
+    RemoveAttachment(VolumeId),
+}
+
+/// Why a change wasn't made, or the records can't be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MetadataError {
+    /// M1.
+    #[error("there is a volume of this name: {0}")]
+    NameTaken(VolumeName),
+    /// M2.
+    #[error("store {0} is not there")]
+    NoStore(StoreId),
+    /// M2.
+    #[error("volume {name} would have two replicas in store {store}")]
+    SameStoreTwice {
+        /// Which volume.
+        name: VolumeName,
+        /// Which store.
+        store: StoreId,
+    },
+    /// M2.
+    #[error("replicas are on store {store}: of {}", volumes.join(", "))]
+    StoreInUse {
+        /// Which store.
+        store: StoreId,
+        /// The volumes' names.
+        volumes: Vec<String>,
+    },
+    /// M3.
+    #[error("volume {0} is attached")]
+    Attached(VolumeName),
+    /// M3.
+    #[error("volume {0} is not ready")]
+    NotReady(VolumeName),
+    /// M4, or it is gone.
+    #[error("volume {0} changed in the meantime")]
+    Changed(VolumeId),
+    /// Another process has the file.
+    #[error("{0} is in use by another carrickd")]
+    InUse(PathBuf),
+    /// A newer version wrote it.
+    #[error("{path}: {what} has format {found}, this carrickd knows up to {known}: upgrade carrickd, or restore the file of the older version")]
+    UnknownFormat {
+        /// The file.
+        path: PathBuf,
+        /// Which record.
+        what: String,
+        /// Its format.
+        found: u32,
+        /// The newest known.
+        known: u32,
+    },
+    /// A record isn't what this program writes.
+    #[error("{path}: {what} can't be understood: {source}")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Which record.
+        what: String,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// The database or the disk failed.
+    #[error("{path}: {source}")]
+    Storage {
+        /// The file.
+        path: PathBuf,
+        /// What failed.
+        source: Box<redb::Error>,
+    },
+}
+
+/// Keeps the [`State`].
+#[tonic::async_trait]
+pub trait MetadataStore: Send + Sync {
+    /// As it is now.
+    fn state(&self) -> Arc<State>;
+
+    /// Makes a change; it is durable when this returns.
+    ///
+    /// # Errors
+    /// A rule forbids it, or the disk failed: then nothing is changed (after a failed disk: as far as is known).
+    async fn apply(&self, mutation: Mutation) -> Result<Arc<State>, MetadataError>;
+}
+
+impl State {
+    /// The volume of this name that isn't being deleted.
+    pub fn volume_by_name(&self, name: &VolumeName) -> Option<&VolumeRecord> {
+        self.volumes.values().find(|volume| volume.name == *name && volume.phase != VolumePhase::Deleting)
+    }
+
+    /// The volumes with a replica in this store.
+    pub fn volumes_on(&self, store: StoreId) -> impl Iterator<Item = &VolumeRecord> {
+        self.volumes.values().filter(move |volume| volume.replicas.contains(&store))
+    }
+
+    /// Makes a change, if the rules allow it.
+    pub fn apply(&mut self, mutation: &Mutation) -> Result<(), MetadataError> {
+        match mutation {
+            Mutation::PutStore(record) => {
+                self.stores.insert(record.id, record.clone());
+            }
+            Mutation::RemoveStore(id) => {
+                let volumes: Vec<_> = self.volumes_on(*id).map(|volume| volume.name.to_string()).collect();
+                if !volumes.is_empty() {
+                    return Err(MetadataError::StoreInUse { store: *id, volumes });
+                }
+                self.stores.remove(id);
+            }
+            Mutation::InsertVolume(record) => self.insert_volume(record)?,
+            Mutation::ReplaceVolume { expected, new } => self.replace_volume(expected, new)?,
+            Mutation::RemoveVolume(id) => {
+                if let (Some(volume), true) = (self.volumes.get(id), self.attachments.contains_key(id)) {
+                    return Err(MetadataError::Attached(volume.name.clone()));
+                }
+                self.volumes.remove(id);
+            }
+            Mutation::PutAttachment(record) => {
+                let volume = self.volumes.get(&record.volume).ok_or(MetadataError::Changed(record.volume))?;
+                if volume.phase != VolumePhase::Ready {
+                    return Err(MetadataError::NotReady(volume.name.clone()));
+                }
+                self.attachments.insert(record.volume, record.clone());
+            }
+            Mutation::RemoveAttachment(id) => {
+                self.attachments.remove(id);
+            }
+        }
+        Ok(())
+    }
+
+    fn insert_volume(&mut self, record: &VolumeRecord) -> Result<(), MetadataError> {
+        if self.volume_by_name(&record.name).is_some() || self.volumes.contains_key(&record.id) {
+            return Err(MetadataError::NameTaken(record.name.clone()));
+        }
+        for (index, store) in record.replicas.iter().enumerate() {
+            if !self.stores.contains_key(store) {
+                return Err(MetadataError::NoStore(*store));
+            }
+            if record.replicas.iter().take(index).any(|other| other == store) {
+                return Err(MetadataError::SameStoreTwice { name: record.name.clone(), store: *store });
+            }
+        }
+        self.volumes.insert(record.id, record.clone());
+        Ok(())
+    }
+
+    fn replace_volume(&mut self, expected: &VolumeRecord, new: &VolumeRecord) -> Result<(), MetadataError> {
+        let changed = || MetadataError::Changed(expected.id);
+        if self.volumes.get(&expected.id) != Some(expected) || new.id != expected.id || new.config_version < expected.config_version {
+            return Err(changed());
+        }
+        if new.phase != VolumePhase::Ready && self.attachments.contains_key(&new.id) {
+            return Err(MetadataError::Attached(new.name.clone()));
+        }
+        self.volumes.insert(new.id, new.clone());
+        Ok(())
+    }
+}

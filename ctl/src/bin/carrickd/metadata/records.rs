@@ -1,0 +1,97 @@
+//! The records, as they are written: one JSON document each, with the number of its format inside.
+//!
+//! To change a record so that older versions would misread it: raise [`FORMAT`], keep the old structure beside the new one
+//! with a conversion, and add a fixture of the old file (see `tests.rs`).
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use carrick_backing_store::{StoreId, VolumeId, VolumeSize};
+use carrick_ctl::name::VolumeName;
+use serde::{Deserialize, Serialize};
+
+/// Format of the records that this version writes.
+///
+/// 1: the first.
+pub const FORMAT: u32 = 1;
+
+/// A store of this node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreRecord {
+    /// Fixed when it was formatted.
+    pub id: StoreId,
+    /// Its folder, absolute.
+    pub path: PathBuf,
+    /// Where other nodes reach it.
+    pub listen: Option<SocketAddr>,
+    /// Without TLS.
+    pub insecure: bool,
+    /// When it was added, in seconds since 1970.
+    pub added_unix: u64,
+}
+
+/// A volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeRecord {
+    /// For ever.
+    pub id: VolumeId,
+    /// Unique among the volumes that aren't being deleted.
+    pub name: VolumeName,
+    /// In bytes.
+    pub size: VolumeSize,
+    /// Logical block size in bytes.
+    pub block_size: u32,
+    /// The stores with a replica (while deleting: those where it isn't deleted yet).
+    pub replicas: Vec<StoreId>,
+    /// Version of that list.
+    pub config_version: u64,
+    /// When it was made, in seconds since 1970.
+    pub created_unix: u64,
+    /// Where it stands.
+    pub phase: VolumePhase,
+}
+
+/// Where a volume stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VolumePhase {
+    /// Its replicas are being made. Nobody was told that it exists: after a crash it is deleted.
+    Creating,
+    /// It can be used.
+    Ready,
+    /// Its replicas are being deleted, which goes on until they are.
+    Deleting,
+}
+
+/// That a volume is to be attached here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttachmentRecord {
+    /// Which volume.
+    pub volume: VolumeId,
+    /// Whether the host itself uses the device.
+    pub host: bool,
+    /// Requests in flight at most.
+    pub queue_depth: u16,
+    /// Where it stands.
+    pub phase: AttachmentPhase,
+    /// When it was asked for, in seconds since 1970.
+    pub since_unix: u64,
+}
+
+/// Where an attachment stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AttachmentPhase {
+    /// The device never answered yet; if it can't, the attachment is taken back.
+    Attaching,
+    /// The device was handed out: its target is kept alive whatever happens.
+    Attached,
+    /// The device is being taken away.
+    Detaching {
+        /// Even while it is in use.
+        force: bool,
+    },
+}

@@ -1,0 +1,188 @@
+//! The same tests for every [`MetadataStore`], and those of the file.
+
+use std::path::Path;
+use std::sync::Mutex;
+
+use super::*;
+
+/// The rules without a disk: what the redb store is compared with.
+#[derive(Default)]
+pub struct MemoryStore {
+    state: Mutex<Arc<State>>,
+}
+
+#[tonic::async_trait]
+impl MetadataStore for MemoryStore {
+    fn state(&self) -> Arc<State> {
+        Arc::clone(&self.state.lock().unwrap())
+    }
+
+    async fn apply(&self, mutation: Mutation) -> Result<Arc<State>, MetadataError> {
+        let mut guard = self.state.lock().unwrap();
+        let mut state = State::clone(&guard);
+        state.apply(&mutation)?;
+        *guard = Arc::new(state);
+        Ok(Arc::clone(&guard))
+    }
+}
+
+fn store(number: u8) -> StoreRecord {
+    StoreRecord {
+        id: StoreId::from_bytes([number; 16]),
+        path: format!("/srv/store{number}").into(),
+        listen: (number == 3).then(|| "192.0.2.1:7100".parse().unwrap()),
+        insecure: number == 3,
+        added_unix: 1_700_000_000,
+    }
+}
+
+fn volume(number: u8, name: &str, stores: &[u8]) -> VolumeRecord {
+    VolumeRecord {
+        id: VolumeId::from_bytes([number; 16]),
+        name: name.parse().unwrap(),
+        size: carrick_backing_store::VolumeSize::new(20 << 30).unwrap(),
+        block_size: 512,
+        replicas: stores.iter().map(|number| StoreId::from_bytes([*number; 16])).collect(),
+        config_version: 1,
+        created_unix: 1_700_000_001,
+        phase: VolumePhase::Ready,
+    }
+}
+
+fn attachment(number: u8, phase: AttachmentPhase) -> AttachmentRecord {
+    AttachmentRecord { volume: VolumeId::from_bytes([number; 16]), host: false, queue_depth: 128, phase, since_unix: 1_700_000_002 }
+}
+
+/// What the fixture of format 1 holds, and how it was made.
+fn example() -> Vec<Mutation> {
+    let mut doomed = volume(6, "old", &[1, 2]);
+    doomed.phase = VolumePhase::Deleting;
+    let mut half = volume(7, "half", &[1, 2, 3]);
+    half.phase = VolumePhase::Creating;
+    vec![
+        Mutation::PutStore(store(1)),
+        Mutation::PutStore(store(2)),
+        Mutation::PutStore(store(3)),
+        Mutation::InsertVolume(volume(5, "vm1", &[1, 2, 3])),
+        Mutation::InsertVolume(doomed),
+        Mutation::InsertVolume(half),
+        Mutation::InsertVolume(volume(8, "vm2", &[3])),
+        Mutation::PutAttachment(attachment(5, AttachmentPhase::Attached)),
+        Mutation::PutAttachment(attachment(8, AttachmentPhase::Detaching { force: true })),
+    ]
+}
+
+async fn all_rules_hold(metadata: &dyn MetadataStore) {
+    let apply = |mutation| metadata.apply(mutation);
+    for number in 1..=3 {
+        apply(Mutation::PutStore(store(number))).await.unwrap();
+    }
+    // M1
+    apply(Mutation::InsertVolume(volume(5, "vm1", &[1, 2, 3]))).await.unwrap();
+    let taken = apply(Mutation::InsertVolume(volume(6, "vm1", &[1]))).await;
+    assert!(matches!(taken, Err(MetadataError::NameTaken(_))), "{taken:?}");
+    // M2
+    let unknown = apply(Mutation::InsertVolume(volume(6, "vm2", &[1, 9]))).await;
+    assert!(matches!(unknown, Err(MetadataError::NoStore(_))), "{unknown:?}");
+    let twice = apply(Mutation::InsertVolume(volume(6, "vm2", &[1, 1]))).await;
+    assert!(matches!(twice, Err(MetadataError::SameStoreTwice { .. })), "{twice:?}");
+    let used = apply(Mutation::RemoveStore(store(1).id)).await;
+    assert!(matches!(&used, Err(MetadataError::StoreInUse { volumes, .. }) if volumes == &["vm1"]), "{used:?}");
+    // M3
+    apply(Mutation::PutAttachment(attachment(5, AttachmentPhase::Attached))).await.unwrap();
+    let mut doomed = volume(5, "vm1", &[1, 2, 3]);
+    doomed.phase = VolumePhase::Deleting;
+    let replace = |expected: VolumeRecord, new: &VolumeRecord| {
+        metadata.apply(Mutation::ReplaceVolume { expected: expected.into(), new: new.clone().into() })
+    };
+    let attached = replace(volume(5, "vm1", &[1, 2, 3]), &doomed).await;
+    assert!(matches!(attached, Err(MetadataError::Attached(_))), "{attached:?}");
+    assert!(matches!(apply(Mutation::RemoveVolume(doomed.id)).await, Err(MetadataError::Attached(_))));
+    apply(Mutation::RemoveAttachment(doomed.id)).await.unwrap();
+    // M4
+    let stale = replace(volume(5, "vm1", &[1, 2]), &doomed).await;
+    assert!(matches!(stale, Err(MetadataError::Changed(_))), "{stale:?}");
+    let mut older = doomed.clone();
+    older.config_version = 0;
+    assert!(matches!(replace(volume(5, "vm1", &[1, 2, 3]), &older).await, Err(MetadataError::Changed(_))));
+    replace(volume(5, "vm1", &[1, 2, 3]), &doomed).await.unwrap();
+    let not_ready = apply(Mutation::PutAttachment(attachment(5, AttachmentPhase::Attaching))).await;
+    assert!(matches!(not_ready, Err(MetadataError::NotReady(_))), "{not_ready:?}");
+    // A name is free again as soon as its volume is being deleted.
+    let state = apply(Mutation::InsertVolume(volume(6, "vm1", &[2]))).await.unwrap();
+    assert_eq!(state.volume_by_name(&doomed.name).unwrap().id, volume(6, "vm1", &[2]).id);
+    // Removing twice changes nothing.
+    for _ in 0..2 {
+        apply(Mutation::RemoveVolume(doomed.id)).await.unwrap();
+        apply(Mutation::RemoveStore(store(1).id)).await.unwrap();
+        apply(Mutation::RemoveAttachment(doomed.id)).await.unwrap();
+    }
+    assert_eq!(metadata.state().stores.len(), 2);
+    assert_eq!(metadata.state().volumes.len(), 1);
+}
+
+#[tokio::test]
+async fn the_rules_hold_in_memory_and_in_redb() {
+    all_rules_hold(&MemoryStore::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    all_rules_hold(&RedbStore::open(&folder.path().join("metadata.redb")).unwrap()).await;
+}
+
+#[tokio::test]
+async fn what_is_reopened_is_what_was_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("metadata.redb");
+    let memory = MemoryStore::default();
+    for mutation in example() {
+        // Every change alone, with a reopening after each.
+        let redb = RedbStore::open(&path).unwrap();
+        assert_eq!(redb.state(), memory.state());
+        redb.apply(mutation.clone()).await.unwrap();
+        memory.apply(mutation).await.unwrap();
+    }
+    let redb = RedbStore::open(&path).unwrap();
+    assert_eq!(redb.state(), memory.state());
+    assert!(matches!(RedbStore::open(&path), Err(MetadataError::InUse(_))), "a second one must be refused");
+}
+
+#[tokio::test]
+async fn a_file_of_format_1_opens() {
+    let mut expected = State::default();
+    for mutation in example() {
+        expected.apply(&mutation).unwrap();
+    }
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/metadata-format-1.redb");
+    // Written once, by the first version; a test that makes its own fixture would prove nothing.
+    if std::env::var_os("CARRICK_WRITE_FIXTURE").is_some() && !fixture.exists() {
+        let redb = RedbStore::open(&fixture).unwrap();
+        for mutation in example() {
+            redb.apply(mutation).await.unwrap();
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let copy = folder.path().join("metadata.redb");
+    std::fs::copy(fixture, &copy).unwrap();
+    assert_eq!(*RedbStore::open(&copy).unwrap().state(), expected);
+}
+
+#[test]
+fn a_newer_format_and_damage_are_refused_by_name() {
+    use redb::{Database, TableDefinition};
+    let write = |document: &str| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metadata.redb");
+        let database = Database::create(&path).unwrap();
+        let transaction = database.begin_write().unwrap();
+        let table: TableDefinition<&str, &[u8]> = TableDefinition::new("volumes");
+        transaction.open_table(table).unwrap().insert("x", document.as_bytes()).unwrap();
+        transaction.commit().unwrap();
+        drop(database);
+        RedbStore::open(&path).err().unwrap().to_string()
+    };
+    let newer = write(r#"{"format":2,"something":"else"}"#);
+    assert!(newer.contains("record x of table volumes has format 2, this carrickd knows up to 1: upgrade carrickd"), "{newer}");
+    for damage in ["", "{", r#"{"format":1}"#, r#"{"format":1,"record":{"id":7}}"#] {
+        let error = write(damage);
+        assert!(error.contains("record x of table volumes can't be understood"), "{error}");
+    }
+}

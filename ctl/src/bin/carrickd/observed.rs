@@ -1,0 +1,432 @@
+//! What is known of the processes and of unfinished work: events in, state out. No clock (`now` is passed in), no I/O.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use carrick_backing_store::{StoreId, VolumeId};
+use carrick_ctl::name::VolumeName;
+use carrick_replicator::control::{ControlError, ControlErrorCode};
+
+/// A process that lived so long was healthy: its next death is restarted at once.
+pub const STABLE_AFTER: Duration = Duration::from_secs(10);
+/// Pause before the restart after the second quick death in a row; doubled with every further one.
+pub const RESTART_PAUSE_MIN: Duration = Duration::from_millis(100);
+/// Longest pause: a VM's I/O may wait for this restart, and a start that fails costs little.
+pub const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Pause before unfinished work of a volume is tried again; doubled up to [`WORK_PAUSE_MAX`].
+pub const WORK_PAUSE_MIN: Duration = Duration::from_secs(1);
+/// Longest pause between two tries of unfinished work.
+pub const WORK_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// Pause before a process that refused to end is asked again.
+pub const STOP_PAUSE: Duration = Duration::from_secs(10);
+
+/// A process that `carrickd` looks after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ProcessId {
+    /// The carrick-replica of a store.
+    Replica(StoreId),
+    /// The carrick-target of a volume.
+    Target(VolumeId),
+}
+
+impl fmt::Display for ProcessId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Replica(store) => write!(f, "carrick-replica of store {store}"),
+            Self::Target(volume) => write!(f, "carrick-target of volume {volume}"),
+        }
+    }
+}
+
+/// Whether a process answers on its control socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answers {
+    /// Not yet.
+    NotYet,
+    /// It did.
+    Yes,
+    /// It should have long ago.
+    Hung,
+}
+
+/// Where a process stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProcessState {
+    /// It may run: nobody looked yet.
+    Unseen,
+    /// It is being looked for, and started if it isn't there.
+    Launching,
+    /// It runs.
+    Alive {
+        /// Its process id.
+        pid: u32,
+        /// Since when, as far as is known.
+        since: Instant,
+        /// Whether it answers.
+        answers: Answers,
+        /// If it is to end: not to be asked before.
+        ask_not_before: Option<Instant>,
+    },
+    /// It is being asked to end.
+    Stopping {
+        /// Its process id.
+        pid: u32,
+    },
+    /// It isn't there.
+    Down {
+        /// Not to be started before.
+        not_before: Instant,
+    },
+}
+
+/// How a process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// As it was asked to.
+    Asked,
+    /// By itself, saying why.
+    Failed(ControlError),
+    /// Without a word: killed, or crashed.
+    Died(String),
+}
+
+impl Exit {
+    /// A failure that the process couldn't tell itself.
+    pub fn failed(message: impl Into<String>) -> Self {
+        Self::Failed(ControlError { code: ControlErrorCode::Failed, message: message.into() })
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Asked => f.write_str("ended as asked"),
+            Self::Failed(error) => write!(f, "{}", error.message),
+            Self::Died(how) => write!(f, "{how}"),
+        }
+    }
+}
+
+/// All that is known of a process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// Where it stands.
+    pub state: ProcessState,
+    /// How often it was started after the first time.
+    pub restarts: u32,
+    /// How often in a row it didn't live for [`STABLE_AFTER`].
+    pub quick_deaths: u32,
+    /// How it ended last.
+    pub last_exit: Option<Exit>,
+    /// Whether it is being asked to end, by an operation.
+    pub request: EndRequest,
+}
+
+/// Where an operation's request to a process to end stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndRequest {
+    /// There is none.
+    None,
+    /// It is under way. If the process ends now, only the answer tells whether that is as it should be.
+    Asked,
+    /// It was granted: the process ends, and its end is no accident.
+    Granted,
+}
+
+impl Process {
+    fn new(state: ProcessState) -> Self {
+        Self { state, restarts: 0, quick_deaths: 0, last_exit: None, request: EndRequest::None }
+    }
+
+    /// Whether it answers on its control socket.
+    pub fn answers(&self) -> bool {
+        matches!(self.state, ProcessState::Alive { answers: Answers::Yes, .. })
+    }
+
+    /// Whether it is there, and a signal could reach it.
+    pub fn pid(&self) -> Option<u32> {
+        match self.state {
+            ProcessState::Alive { pid, .. } | ProcessState::Stopping { pid } => Some(pid),
+            ProcessState::Unseen | ProcessState::Launching | ProcessState::Down { .. } => None,
+        }
+    }
+}
+
+/// Unfinished work of a volume that carrickd itself goes on with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkState {
+    /// It is under way.
+    Running {
+        /// How often in a row it failed before.
+        failures: u32,
+    },
+    /// It failed, and is to be tried again.
+    Paused {
+        /// How often in a row.
+        failures: u32,
+        /// Not before.
+        until: Instant,
+    },
+}
+
+/// What was observed on this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// The processes.
+    pub processes: BTreeMap<ProcessId, Process>,
+    /// Unfinished work that is under way or paused.
+    pub work: BTreeMap<VolumeId, WorkState>,
+    /// Volumes that a caller's operation is working on: it does what is to do.
+    pub busy: BTreeSet<VolumeName>,
+    /// Everything is to end.
+    pub stopping: bool,
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A control socket was found in the run directory.
+    Found(ProcessId),
+    /// It runs: it was started or adopted.
+    Alive {
+        /// Which.
+        process: ProcessId,
+        /// Its process id.
+        pid: u32,
+    },
+    /// It answers.
+    Answering(ProcessId),
+    /// It doesn't answer in time.
+    Hung(ProcessId),
+    /// It was looked for, and isn't there.
+    Absent(ProcessId),
+    /// An operation asks it to end. Sent before the request.
+    EndAsked(ProcessId),
+    /// The operation knows the answer.
+    EndAnswered {
+        /// Which.
+        process: ProcessId,
+        /// Whether it ends.
+        granted: bool,
+    },
+    /// It isn't there any more, or couldn't be started.
+    Ended {
+        /// Which.
+        process: ProcessId,
+        /// How.
+        exit: Exit,
+    },
+    /// It refused to end.
+    Refused(ProcessId),
+    /// Unfinished work of a volume ended, or failed.
+    Worked {
+        /// Whose.
+        volume: VolumeId,
+        /// Whether it is finished.
+        finished: bool,
+    },
+    /// Everything is to end (or no longer).
+    Stopping(bool),
+}
+
+impl Observed {
+    /// Takes an event in.
+    pub fn on_event(&mut self, event: Event, now: Instant) {
+        match event {
+            Event::Found(id) => {
+                self.processes.entry(id).or_insert(Process::new(ProcessState::Unseen));
+            }
+            Event::Alive { process, pid } => {
+                let entry = self.process(process);
+                entry.state = ProcessState::Alive { pid, since: now, answers: Answers::NotYet, ask_not_before: None };
+                if entry.request == EndRequest::Granted {
+                    entry.request = EndRequest::None;
+                }
+            }
+            Event::Answering(id) => self.set_answers(id, Answers::Yes),
+            Event::Hung(id) => self.set_answers(id, Answers::Hung),
+            Event::Absent(id) => self.process(id).state = ProcessState::Down { not_before: now },
+            Event::EndAsked(id) => self.process(id).request = EndRequest::Asked,
+            Event::EndAnswered { process, granted } => {
+                let entry = self.process(process);
+                let down = matches!(entry.state, ProcessState::Down { .. });
+                entry.request = if granted && !down { EndRequest::Granted } else { EndRequest::None };
+                if granted && down {
+                    // Its end was noticed before its answer.
+                    entry.last_exit = Some(Exit::Asked);
+                    entry.quick_deaths = 0;
+                }
+            }
+            Event::Ended { process, exit } => self.on_ended(process, exit, now),
+            Event::Refused(id) => {
+                let entry = self.process(id);
+                if let ProcessState::Stopping { pid } = entry.state {
+                    let ask_not_before = Some(now + STOP_PAUSE);
+                    entry.state = ProcessState::Alive { pid, since: now, answers: Answers::Yes, ask_not_before };
+                }
+            }
+            Event::Worked { volume, finished: true } => {
+                self.work.remove(&volume);
+            }
+            Event::Worked { volume, finished: false } => {
+                let failures = match self.work.get(&volume) {
+                    Some(WorkState::Running { failures } | WorkState::Paused { failures, .. }) => failures.saturating_add(1),
+                    None => 1,
+                };
+                let until = now + doubled(WORK_PAUSE_MIN, failures - 1, WORK_PAUSE_MAX);
+                self.work.insert(volume, WorkState::Paused { failures, until });
+            }
+            Event::Stopping(stopping) => self.stopping = stopping,
+        }
+    }
+
+    /// A process is being looked for or started.
+    pub fn on_launch(&mut self, id: ProcessId) {
+        let entry = self.process(id);
+        if entry.last_exit.is_some() {
+            entry.restarts = entry.restarts.saturating_add(1);
+        }
+        entry.state = ProcessState::Launching;
+    }
+
+    /// A process is being asked to end.
+    pub fn on_stop(&mut self, id: ProcessId) {
+        let entry = self.process(id);
+        if let ProcessState::Alive { pid, .. } = entry.state {
+            entry.state = ProcessState::Stopping { pid };
+        }
+    }
+
+    /// Unfinished work of a volume begins.
+    pub fn on_work(&mut self, volume: VolumeId) {
+        let failures = match self.work.get(&volume) {
+            Some(WorkState::Running { failures } | WorkState::Paused { failures, .. }) => *failures,
+            None => 0,
+        };
+        self.work.insert(volume, WorkState::Running { failures });
+    }
+
+    fn on_ended(&mut self, id: ProcessId, exit: Exit, now: Instant) {
+        let entry = self.process(id);
+        let asked = entry.request == EndRequest::Granted || matches!(entry.state, ProcessState::Stopping { .. });
+        let stable = matches!(entry.state, ProcessState::Alive { since, .. } if now.duration_since(since) >= STABLE_AFTER);
+        entry.quick_deaths = if stable || asked { 0 } else { entry.quick_deaths.saturating_add(1) };
+        let pause = match entry.quick_deaths {
+            0 | 1 => Duration::ZERO,
+            deaths => doubled(RESTART_PAUSE_MIN, deaths - 2, RESTART_PAUSE_MAX),
+        };
+        entry.state = ProcessState::Down { not_before: now + pause };
+        entry.last_exit = Some(if asked { Exit::Asked } else { exit });
+        if asked {
+            entry.request = EndRequest::None;
+        }
+    }
+
+    fn set_answers(&mut self, id: ProcessId, new: Answers) {
+        if let ProcessState::Alive { answers, .. } = &mut self.process(id).state {
+            *answers = new;
+        }
+    }
+
+    fn process(&mut self, id: ProcessId) -> &mut Process {
+        self.processes.entry(id).or_insert(Process::new(ProcessState::Unseen))
+    }
+}
+
+/// `first` · 2^`doublings`, at most `limit`.
+fn doubled(first: Duration, doublings: u32, limit: Duration) -> Duration {
+    first.saturating_mul(2_u32.saturating_pow(doublings)).min(limit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PROCESS: ProcessId = ProcessId::Target(VolumeId::from_bytes([7; 16]));
+
+    fn died() -> Event {
+        Event::Ended { process: PROCESS, exit: Exit::Died("killed".into()) }
+    }
+
+    fn pause(observed: &Observed, now: Instant) -> Duration {
+        match observed.processes[&PROCESS].state {
+            ProcessState::Down { not_before } => not_before.saturating_duration_since(now),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_first_restart_is_at_once_and_the_pauses_double_up_to_a_limit_until_it_lives() {
+        let mut now = Instant::now();
+        let mut observed = Observed::default();
+        let mut pauses = Vec::new();
+        for _ in 0..10 {
+            observed.on_launch(PROCESS);
+            observed.on_event(Event::Alive { process: PROCESS, pid: 1 }, now);
+            now += Duration::from_secs(1);
+            observed.on_event(died(), now);
+            pauses.push(pause(&observed, now).as_millis());
+        }
+        assert_eq!(pauses, [0, 100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000]);
+        assert_eq!(observed.processes[&PROCESS].restarts, 9);
+        observed.on_event(Event::Alive { process: PROCESS, pid: 1 }, now);
+        now += STABLE_AFTER;
+        observed.on_event(died(), now);
+        assert_eq!(pause(&observed, now), Duration::ZERO);
+    }
+
+    #[test]
+    fn an_end_that_was_announced_or_asked_for_is_no_failure() {
+        let now = Instant::now();
+        let mut observed = Observed::default();
+        observed.on_event(Event::Alive { process: PROCESS, pid: 1 }, now);
+        observed.on_event(Event::EndAsked(PROCESS), now);
+        observed.on_event(Event::EndAnswered { process: PROCESS, granted: true }, now);
+        observed.on_event(died(), now);
+        assert_eq!(observed.processes[&PROCESS].last_exit, Some(Exit::Asked));
+        // The announcement counts for that life only.
+        observed.on_event(Event::Alive { process: PROCESS, pid: 2 }, now);
+        observed.on_event(died(), now);
+        assert_eq!(observed.processes[&PROCESS].last_exit, Some(Exit::Died("killed".into())));
+        observed.on_event(Event::Alive { process: PROCESS, pid: 3 }, now);
+        observed.on_stop(PROCESS);
+        observed.on_event(died(), now);
+        assert_eq!(observed.processes[&PROCESS].last_exit, Some(Exit::Asked));
+    }
+
+    #[test]
+    fn an_end_that_is_noticed_before_the_answer_is_judged_by_the_answer() {
+        let now = Instant::now();
+        for granted in [true, false] {
+            let mut observed = Observed::default();
+            observed.on_event(Event::Alive { process: PROCESS, pid: 1 }, now);
+            observed.on_event(Event::EndAsked(PROCESS), now);
+            observed.on_event(died(), now);
+            assert_eq!(observed.processes[&PROCESS].request, EndRequest::Asked);
+            observed.on_event(Event::EndAnswered { process: PROCESS, granted }, now);
+            let process = &observed.processes[&PROCESS];
+            assert_eq!(process.request, EndRequest::None);
+            assert_eq!(process.last_exit == Some(Exit::Asked), granted);
+        }
+    }
+
+    #[test]
+    fn work_that_fails_is_paused_longer_each_time() {
+        let now = Instant::now();
+        let volume = VolumeId::from_bytes([7; 16]);
+        let mut observed = Observed::default();
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            observed.on_work(volume);
+            observed.on_event(Event::Worked { volume, finished: false }, now);
+            match observed.work[&volume] {
+                WorkState::Paused { until, .. } => pauses.push(until.duration_since(now).as_secs()),
+                WorkState::Running { .. } => panic!("still running"),
+            }
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60]);
+        observed.on_event(Event::Worked { volume, finished: true }, now);
+        assert!(observed.work.is_empty());
+    }
+}

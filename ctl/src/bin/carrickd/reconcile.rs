@@ -1,0 +1,359 @@
+//! What is to be done so that the node becomes what the records say: [`State`] and [`Observed`] in, a [`Plan`] out.
+//!
+//! Carrickd may be killed at any moment, so nothing here depends on what an earlier carrickd had in mind: whatever it left
+//! half done is either in the records (a phase) or in what is found running.
+//!
+//! | Record | Process | Plan |
+//! |---|---|---|
+//! | store, attachment | not seen yet | look for it, start it if it isn't there |
+//! | store, attachment | ended | start it again, after its pause |
+//! | attaching | ended, saying why | wait: the attachment is being taken back |
+//! | detaching | ended as asked | wait: the attachment is being removed |
+//! | none | found | ask it to end |
+//! | volume creating, nobody works on it | | undo it |
+//! | volume deleting, a store with a replica answers | | delete that replica |
+//! | attaching or detaching, nobody works on it | | go on with it |
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use carrick_backing_store::VolumeId;
+
+use crate::metadata::{AttachmentPhase, State, VolumePhase, VolumeRecord};
+use crate::observed::{EndRequest, Exit, Observed, Process, ProcessId, ProcessState, WorkState};
+
+/// Work of a volume that nobody does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Its creation was interrupted: delete what there is of it.
+    UndoCreation,
+    /// Delete the replicas that can be reached.
+    Delete,
+    /// See whether the device comes up; take the attachment back if it doesn't.
+    Attach,
+    /// Take the device away.
+    Detach,
+}
+
+/// One thing to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Look for the process, and start it if it isn't there.
+    Launch(ProcessId),
+    /// Look for the process only.
+    Look(ProcessId),
+    /// Ask the process to end.
+    Stop(ProcessId),
+    /// It is gone and nobody wants it.
+    Forget(ProcessId),
+    /// Go on with a volume.
+    Work(VolumeId, Work),
+}
+
+/// What to do, and when to think again if nothing happens before.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// In any order.
+    pub actions: Vec<Action>,
+    /// The earliest time at which the plan changes by itself.
+    pub wake_at: Option<Instant>,
+}
+
+impl Plan {
+    /// Does something now or later.
+    fn at(&mut self, when: Instant, now: Instant, action: Action) {
+        if when <= now {
+            self.actions.push(action);
+        } else {
+            self.wake_at = Some(self.wake_at.map_or(when, |earlier| earlier.min(when)));
+        }
+    }
+}
+
+/// Compares what is wanted with what is there.
+pub fn reconcile(state: &State, observed: &Observed, now: Instant) -> Plan {
+    let mut plan = Plan::default();
+    let wanted = wanted(state, observed.stopping);
+    for &id in &wanted {
+        start_what_is_missing(&mut plan, state, id, observed.processes.get(&id), now);
+    }
+    for (&id, process) in observed.processes.iter().filter(|(id, _)| !wanted.contains(id)) {
+        match process.state {
+            ProcessState::Unseen => plan.actions.push(Action::Look(id)),
+            ProcessState::Alive { ask_not_before, .. } => plan.at(ask_not_before.unwrap_or(now), now, Action::Stop(id)),
+            ProcessState::Down { .. } => plan.actions.push(Action::Forget(id)),
+            ProcessState::Launching | ProcessState::Stopping { .. } => {}
+        }
+    }
+    if !observed.stopping {
+        for volume in state.volumes.values().filter(|volume| !observed.busy.contains(&volume.name)) {
+            if let Some(work) = work_on(state, observed, volume) {
+                match observed.work.get(&volume.id) {
+                    Some(WorkState::Running { .. }) => {}
+                    Some(WorkState::Paused { until, .. }) => plan.at(*until, now, Action::Work(volume.id, work)),
+                    None => plan.actions.push(Action::Work(volume.id, work)),
+                }
+            }
+        }
+    }
+    plan
+}
+
+/// The processes that should run.
+fn wanted(state: &State, stopping: bool) -> BTreeSet<ProcessId> {
+    let replicas = state.stores.keys().filter(|_| !stopping).map(|store| ProcessId::Replica(*store));
+    let targets = state.attachments.keys().map(|volume| ProcessId::Target(*volume));
+    replicas.chain(targets).collect()
+}
+
+fn start_what_is_missing(plan: &mut Plan, state: &State, id: ProcessId, process: Option<&Process>, now: Instant) {
+    match process.map(|process| process.state) {
+        None | Some(ProcessState::Unseen) => plan.actions.push(Action::Launch(id)),
+        Some(ProcessState::Down { not_before }) if !is_over(state, id, process) && !is_asked(process) => plan.at(not_before, now, Action::Launch(id)),
+        Some(_) => {}
+    }
+}
+
+/// Whether an operation waits for the answer to its request to end: it decides what the end meant.
+fn is_asked(process: Option<&Process>) -> bool {
+    process.is_some_and(|process| process.request == EndRequest::Asked)
+}
+
+/// Whether an attachment's process ended in a way after which the attachment ends too.
+fn is_over(state: &State, id: ProcessId, process: Option<&Process>) -> bool {
+    let ProcessId::Target(volume) = id else { return false };
+    let phase = state.attachments.get(&volume).map(|attachment| attachment.phase);
+    match process.and_then(|process| process.last_exit.as_ref()) {
+        Some(Exit::Failed(_)) => phase == Some(AttachmentPhase::Attaching),
+        Some(Exit::Asked) => matches!(phase, Some(AttachmentPhase::Detaching { .. })),
+        Some(Exit::Died(_)) | None => false,
+    }
+}
+
+fn work_on(state: &State, observed: &Observed, volume: &VolumeRecord) -> Option<Work> {
+    let target = ProcessId::Target(volume.id);
+    match volume.phase {
+        VolumePhase::Creating => Some(Work::UndoCreation),
+        VolumePhase::Deleting => {
+            let answers = |id| observed.processes.get(&id).is_some_and(Process::answers);
+            let reachable = volume.replicas.iter().any(|store| answers(ProcessId::Replica(*store)));
+            (reachable || volume.replicas.is_empty()).then_some(Work::Delete)
+        }
+        VolumePhase::Ready => match state.attachments.get(&volume.id)?.phase {
+            AttachmentPhase::Attaching => Some(Work::Attach),
+            AttachmentPhase::Detaching { .. } => {
+                let process = observed.processes.get(&target);
+                (process.is_some_and(Process::answers) || is_over(state, target, process)).then_some(Work::Detach)
+            }
+            AttachmentPhase::Attached => None,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! A table: each row sets up a node and says what is to be done.
+
+    use std::time::Duration;
+
+    use carrick_backing_store::{StoreId, VolumeSize};
+
+    use super::*;
+    use crate::metadata::{AttachmentRecord, StoreRecord};
+    use crate::observed::{Event, STOP_PAUSE};
+
+    const STORE: StoreId = StoreId::from_bytes([1; 16]);
+    const VOLUME: VolumeId = VolumeId::from_bytes([5; 16]);
+    const REPLICA: ProcessId = ProcessId::Replica(STORE);
+    const TARGET: ProcessId = ProcessId::Target(VOLUME);
+
+    struct Node {
+        state: State,
+        observed: Observed,
+        now: Instant,
+    }
+
+    impl Node {
+        fn new() -> Self {
+            Self { state: State::default(), observed: Observed::default(), now: Instant::now() }
+        }
+
+        fn store(mut self) -> Self {
+            let record = StoreRecord { id: STORE, path: "/srv/a".into(), listen: None, insecure: false, added_unix: 0 };
+            self.state.stores.insert(STORE, record);
+            self
+        }
+
+        fn volume(mut self, phase: VolumePhase) -> Self {
+            let record = VolumeRecord {
+                id: VOLUME,
+                name: "vm1".parse().unwrap(),
+                size: VolumeSize::new(4096).unwrap(),
+                block_size: 512,
+                replicas: vec![STORE],
+                config_version: 1,
+                created_unix: 0,
+                phase,
+            };
+            self.state.volumes.insert(VOLUME, record);
+            self
+        }
+
+        fn attachment(mut self, phase: AttachmentPhase) -> Self {
+            let record = AttachmentRecord { volume: VOLUME, host: false, queue_depth: 128, phase, since_unix: 0 };
+            self.state.attachments.insert(VOLUME, record);
+            self
+        }
+
+        fn event(mut self, event: Event) -> Self {
+            self.observed.on_event(event, self.now);
+            self
+        }
+
+        fn answering(self, process: ProcessId) -> Self {
+            self.event(Event::Alive { process, pid: 9 }).event(Event::Answering(process))
+        }
+
+        fn ended(self, process: ProcessId, exit: Exit) -> Self {
+            self.event(Event::Alive { process, pid: 9 }).event(Event::Ended { process, exit })
+        }
+
+        fn busy(mut self) -> Self {
+            self.observed.busy.insert("vm1".parse().unwrap());
+            self
+        }
+
+        fn stopping(self) -> Self {
+            self.event(Event::Stopping(true))
+        }
+
+        fn change(mut self, change: impl FnOnce(&mut Observed)) -> Self {
+            change(&mut self.observed);
+            self
+        }
+
+        fn plan(&self) -> Plan {
+            reconcile(&self.state, &self.observed, self.now)
+        }
+
+        #[track_caller]
+        fn does(self, actions: &[Action]) -> Self {
+            assert_eq!(self.plan(), Plan { actions: actions.to_vec(), wake_at: None });
+            self
+        }
+    }
+
+    fn killed() -> Exit {
+        Exit::Died("killed by signal 9".into())
+    }
+
+    #[test]
+    fn nothing_is_wanted_and_nothing_is_there() {
+        Node::new().does(&[]);
+    }
+
+    #[test]
+    fn processes_are_started_once_and_again_when_they_end() {
+        use Action::{Forget, Launch, Look, Stop};
+        let store = || Node::new().store();
+        store().does(&[Launch(REPLICA)]);
+        store().event(Event::Found(REPLICA)).does(&[Launch(REPLICA)]);
+        store().change(|o| o.on_launch(REPLICA)).does(&[]);
+        store().event(Event::Alive { process: REPLICA, pid: 1 }).does(&[]);
+        store().answering(REPLICA).does(&[]);
+        store().answering(REPLICA).event(Event::Hung(REPLICA)).does(&[]);
+        store().ended(REPLICA, killed()).does(&[Launch(REPLICA)]);
+        store().ended(REPLICA, Exit::failed("no such store")).does(&[Launch(REPLICA)]);
+        // Asked by somebody else, or stopped while it was not wanted and wanted again now.
+        store().ended(REPLICA, Exit::Asked).does(&[Launch(REPLICA)]);
+
+        Node::new().event(Event::Found(REPLICA)).does(&[Look(REPLICA)]);
+        Node::new().answering(REPLICA).does(&[Stop(REPLICA)]);
+        Node::new().answering(REPLICA).change(|o| o.on_stop(REPLICA)).does(&[]);
+        Node::new().ended(REPLICA, killed()).does(&[Forget(REPLICA)]);
+        Node::new().event(Event::Found(TARGET)).event(Event::Absent(TARGET)).does(&[Forget(TARGET)]);
+    }
+
+    #[test]
+    fn quick_deaths_are_restarted_after_their_pause() {
+        let node = Node::new().store().ended(REPLICA, killed()).ended(REPLICA, killed());
+        let pause = Duration::from_millis(100);
+        assert_eq!(node.plan(), Plan { actions: vec![], wake_at: Some(node.now + pause) });
+        let later = Node { now: node.now + pause, ..node };
+        later.does(&[Action::Launch(REPLICA)]);
+    }
+
+    #[test]
+    fn what_refuses_to_end_is_asked_again_later() {
+        let node = Node::new().answering(TARGET).change(|o| o.on_stop(TARGET)).event(Event::Refused(TARGET));
+        assert_eq!(node.plan(), Plan { actions: vec![], wake_at: Some(node.now + STOP_PAUSE) });
+    }
+
+    #[test]
+    fn targets_follow_their_attachment() {
+        use Action::{Launch, Stop};
+        use AttachmentPhase::{Attached, Attaching, Detaching};
+        let attached = |phase| Node::new().volume(VolumePhase::Ready).attachment(phase);
+        attached(Attached).does(&[Launch(TARGET)]);
+        attached(Attached).answering(TARGET).does(&[]);
+        // A device that is in use gets its target back, whatever that says.
+        attached(Attached).ended(TARGET, killed()).does(&[Launch(TARGET)]);
+        attached(Attached).ended(TARGET, Exit::failed("no ublk")).does(&[Launch(TARGET)]);
+        attached(Attached).ended(TARGET, Exit::Asked).does(&[Launch(TARGET)]);
+        // One that never came up is not tried again once its target said why; a crash is.
+        attached(Attaching).busy().does(&[Launch(TARGET)]);
+        attached(Attaching).busy().ended(TARGET, killed()).does(&[Launch(TARGET)]);
+        attached(Attaching).busy().ended(TARGET, Exit::failed("no ublk")).does(&[]);
+        // The device may still be there: only a target can take it away, so one is started for that.
+        let detaching = || attached(Detaching { force: false }).busy();
+        detaching().does(&[Launch(TARGET)]);
+        detaching().ended(TARGET, killed()).does(&[Launch(TARGET)]);
+        let asked = || detaching().answering(TARGET).event(Event::EndAsked(TARGET));
+        let answered = |granted| Event::EndAnswered { process: TARGET, granted };
+        let ended = || Event::Ended { process: TARGET, exit: killed() };
+        asked().event(answered(true)).event(ended()).does(&[]);
+        // Its end is noticed before its answer.
+        asked().event(ended()).does(&[]).event(answered(true)).does(&[]);
+        // It died instead of answering: the device is still there.
+        asked().event(ended()).event(answered(false)).does(&[Launch(TARGET)]);
+        // Nobody wants it.
+        Node::new().volume(VolumePhase::Ready).answering(TARGET).does(&[Stop(TARGET)]);
+    }
+
+    #[test]
+    fn unfinished_work_is_gone_on_with_unless_somebody_does() {
+        use Action::{Launch, Work as Do};
+        use AttachmentPhase::{Attached, Attaching, Detaching};
+        use VolumePhase::{Creating, Deleting, Ready};
+        let node = || Node::new().store().answering(REPLICA);
+        node().volume(Creating).does(&[Do(VOLUME, Work::UndoCreation)]);
+        node().volume(Creating).busy().does(&[]);
+        node().volume(Creating).change(|o| o.on_work(VOLUME)).does(&[]);
+        node().volume(Deleting).does(&[Do(VOLUME, Work::Delete)]);
+        node().volume(Deleting).busy().does(&[]);
+        // Its store is away: nothing to do until it is back.
+        Node::new().store().volume(Deleting).change(|o| o.on_launch(REPLICA)).does(&[]);
+        node().volume(Ready).does(&[]);
+        node().volume(Ready).attachment(Attached).answering(TARGET).does(&[]);
+        node().volume(Ready).attachment(Attaching).does(&[Launch(TARGET), Do(VOLUME, Work::Attach)]);
+        let detaching = || node().volume(Ready).attachment(Detaching { force: false });
+        detaching().does(&[Launch(TARGET)]);
+        detaching().answering(TARGET).does(&[Do(VOLUME, Work::Detach)]);
+        detaching().answering(TARGET).busy().does(&[]);
+        let done = detaching().answering(TARGET).event(Event::EndAnswered { process: TARGET, granted: true });
+        done.event(Event::Ended { process: TARGET, exit: killed() }).does(&[Do(VOLUME, Work::Detach)]);
+        // It failed a moment ago.
+        let paused = detaching().answering(TARGET).event(Event::Worked { volume: VOLUME, finished: false });
+        assert_eq!(paused.plan(), Plan { actions: vec![], wake_at: Some(paused.now + Duration::from_secs(1)) });
+    }
+
+    #[test]
+    fn at_the_end_stores_are_stopped_and_no_work_begins() {
+        let node = || Node::new().store().volume(VolumePhase::Creating);
+        node().answering(REPLICA).stopping().does(&[Action::Stop(REPLICA)]);
+        node().ended(REPLICA, killed()).stopping().does(&[Action::Forget(REPLICA)]);
+        let attached = Node::new().store().volume(VolumePhase::Ready).attachment(AttachmentPhase::Attached);
+        // Shutdown detaches first; should an attachment be left, its target stays.
+        attached.answering(TARGET).ended(REPLICA, killed()).stopping().does(&[Action::Forget(REPLICA)]);
+    }
+}

@@ -1,0 +1,173 @@
+//! The gRPC services: requests in, operations, messages out.
+//!
+//! An operation that changes something runs in a task of its own: a caller that goes away doesn't leave it half done.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+
+use carrick_backing_store::VolumeId;
+use carrick_ctl::fault::{Fault, Reason};
+use carrick_ctl::v1;
+use carrick_ctl::v1::node_service_server::NodeService;
+use carrick_ctl::v1::store_service_server::StoreService;
+use carrick_ctl::v1::volume_service_server::VolumeService;
+use tokio::sync::Notify;
+use tonic::{Request, Response, Status};
+
+use crate::context::Context;
+use crate::metadata::State;
+use crate::view::View;
+use crate::volumes::{NewVolume, not_found, parse_name};
+use crate::{attach, shutdown, stores, survey, volumes};
+
+/// All services. Cheap to clone.
+#[derive(Clone)]
+pub struct Services {
+    context: Arc<Context>,
+    /// Notified when this daemon shall end.
+    end: Arc<Notify>,
+}
+
+impl Services {
+    /// Over everything that the daemon has.
+    pub fn new(context: Arc<Context>, end: Arc<Notify>) -> Self {
+        Self { context, end }
+    }
+
+    /// Runs an operation that changes something to its end, whatever becomes of the caller.
+    async fn change<F, T>(&self, operation: impl FnOnce(Arc<Context>) -> F + Send + 'static) -> Result<T, Status>
+    where
+        F: Future<Output = Result<T, Fault>> + Send,
+        T: Send + 'static,
+    {
+        let context = Arc::clone(&self.context);
+        let task = tokio::spawn(async move {
+            let _pass = context.gate.enter().await?;
+            operation(Arc::clone(&context)).await
+        });
+        match task.await {
+            Ok(result) => result.map_err(Status::from),
+            Err(error) => Err(Fault::new(Reason::Internal, "carrickd", error.to_string()).into()),
+        }
+    }
+
+    /// Looks at everything, with all answers that can be had.
+    async fn look<T>(&self, what: impl FnOnce(&View<'_>) -> T) -> T {
+        let state = self.context.state();
+        let (replicas, targets) =
+            tokio::join!(survey::replicas(&self.context, &state), survey::targets(&self.context, state.attachments.keys().copied()));
+        let observed = self.context.node.observed();
+        what(&View { state: &state, observed: &observed, replicas: &replicas, targets: &targets })
+    }
+
+    /// Looks at one volume only.
+    async fn look_at_volume(&self, state: &State, id: VolumeId) -> Result<v1::Volume, Status> {
+        let record = state.volumes.get(&id).ok_or_else(|| Status::internal("the volume is gone again"))?;
+        let attached = state.attachments.contains_key(&id);
+        let targets = survey::targets(&self.context, attached.then_some(id)).await;
+        // The target knows more of its replicas than they do.
+        let replicas = if targets.values().any(Result::is_ok) { BTreeMap::new() } else { survey::replicas(&self.context, state).await };
+        let observed = self.context.node.observed();
+        Ok(View { state, observed: &observed, replicas: &replicas, targets: &targets }.volume(record))
+    }
+}
+
+#[tonic::async_trait]
+impl StoreService for Services {
+    async fn add_store(&self, request: Request<v1::AddStoreRequest>) -> Result<Response<v1::AddStoreResponse>, Status> {
+        let v1::AddStoreRequest { path, listen, insecure } = request.into_inner();
+        let parse = |text: String| {
+            text.parse().map_err(|_| Fault::invalid("listen", format!("{text:?} is not an address: write IP:PORT, such as 192.0.2.1:7100")))
+        };
+        let listen = listen.map(parse).transpose()?;
+        let id = self.change(move |context| async move { stores::add(&context, &path, listen, insecure).await }).await?;
+        let store = self.look(|view| view.state.stores.get(&id).map(|record| view.store(record))).await;
+        Ok(Response::new(v1::AddStoreResponse { store }))
+    }
+
+    async fn list_stores(&self, _: Request<v1::ListStoresRequest>) -> Result<Response<v1::ListStoresResponse>, Status> {
+        Ok(Response::new(v1::ListStoresResponse { stores: self.look(|view| view.stores()).await }))
+    }
+
+    async fn remove_store(&self, request: Request<v1::RemoveStoreRequest>) -> Result<Response<v1::RemoveStoreResponse>, Status> {
+        let v1::RemoveStoreRequest { store } = request.into_inner();
+        self.change(move |context| async move { stores::remove(&context, &store).await }).await?;
+        Ok(Response::new(v1::RemoveStoreResponse {}))
+    }
+}
+
+#[tonic::async_trait]
+impl VolumeService for Services {
+    async fn create_volume(&self, request: Request<v1::CreateVolumeRequest>) -> Result<Response<v1::CreateVolumeResponse>, Status> {
+        let v1::CreateVolumeRequest { name, size_bytes, replicas, block_size, stores } = request.into_inner();
+        let new = NewVolume { name, size: size_bytes, replicas, block_size, stores };
+        let id = self.change(move |context| async move { volumes::create(&context, new).await }).await?;
+        let volume = self.look_at_volume(&self.context.state(), id).await?;
+        Ok(Response::new(v1::CreateVolumeResponse { volume: Some(volume) }))
+    }
+
+    async fn list_volumes(&self, _: Request<v1::ListVolumesRequest>) -> Result<Response<v1::ListVolumesResponse>, Status> {
+        Ok(Response::new(v1::ListVolumesResponse { volumes: self.look(|view| view.volumes()).await }))
+    }
+
+    async fn get_volume(&self, request: Request<v1::GetVolumeRequest>) -> Result<Response<v1::GetVolumeResponse>, Status> {
+        let name = parse_name(&request.into_inner().name)?;
+        let state = self.context.state();
+        let id = state.volume_by_name(&name).ok_or_else(|| not_found(&name))?.id;
+        Ok(Response::new(v1::GetVolumeResponse { volume: Some(self.look_at_volume(&state, id).await?) }))
+    }
+
+    async fn delete_volume(&self, request: Request<v1::DeleteVolumeRequest>) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
+        let v1::DeleteVolumeRequest { name } = request.into_inner();
+        let left = self.change(move |context| async move { volumes::delete(&context, &name).await }).await?;
+        Ok(Response::new(v1::DeleteVolumeResponse { pending_stores: left.iter().map(ToString::to_string).collect() }))
+    }
+
+    async fn attach_volume(&self, request: Request<v1::AttachVolumeRequest>) -> Result<Response<v1::AttachVolumeResponse>, Status> {
+        let v1::AttachVolumeRequest { name, host, queue_depth } = request.into_inner();
+        let options = attach::Options::new(host, queue_depth)?;
+        let device = self.change(move |context| async move { attach::attach(&context, &name, options).await }).await?;
+        Ok(Response::new(v1::AttachVolumeResponse { device: device.display().to_string() }))
+    }
+
+    async fn detach_volume(&self, request: Request<v1::DetachVolumeRequest>) -> Result<Response<v1::DetachVolumeResponse>, Status> {
+        let v1::DetachVolumeRequest { name, force } = request.into_inner();
+        self.change(move |context| async move { attach::detach(&context, &name, force).await }).await?;
+        Ok(Response::new(v1::DetachVolumeResponse {}))
+    }
+}
+
+#[tonic::async_trait]
+impl NodeService for Services {
+    async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Result<Response<v1::GetStatusResponse>, Status> {
+        let context = &self.context;
+        let response = self
+            .look(|view| v1::GetStatusResponse {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                pid: std::process::id(),
+                uptime_seconds: context.started.elapsed().as_secs(),
+                run_dir: context.run.root().display().to_string(),
+                state_dir: context.state_dir.display().to_string(),
+                processes: view.processes(),
+                stores: view.stores(),
+                volumes: view.volumes(),
+                problems: view.problems(),
+            })
+            .await;
+        Ok(Response::new(response))
+    }
+
+    async fn shutdown(&self, request: Request<v1::ShutdownRequest>) -> Result<Response<v1::ShutdownResponse>, Status> {
+        let v1::ShutdownRequest { detach, force } = request.into_inner();
+        let (context, end) = (Arc::clone(&self.context), Arc::clone(&self.end));
+        // Not through the gate: this is what closes it.
+        let task = tokio::spawn(async move {
+            shutdown::everything(&context, detach || force, force).await?;
+            end.notify_one();
+            Ok::<_, Fault>(())
+        });
+        task.await.map_err(|error| Fault::new(Reason::Internal, "carrickd", error.to_string()))??;
+        Ok(Response::new(v1::ShutdownResponse {}))
+    }
+}

@@ -1,0 +1,222 @@
+//! Adding and removing stores, and choosing some for a new volume.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use carrick_backing_store::StoreId;
+use carrick_ctl::fault::{Fault, Reason};
+use serde::Deserialize;
+use tokio::process::Command;
+
+use crate::context::{Context, unix_now};
+use crate::metadata::{Mutation, State, StoreRecord};
+use crate::observed::ProcessId;
+use crate::survey;
+
+/// For formatting a folder or looking into a store: both touch a handful of blocks.
+const TOOL_LIMIT: Duration = Duration::from_secs(30);
+/// For a store's process to answer for the first time, the replay of its journal included.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// For a store's process to end: it syncs, then is killed (see `launch::stop`).
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+/// Shortest beginning of a store's id that stands for it.
+const PREFIX_MIN: usize = 4;
+
+/// What `carrick-replica format` and `show` print first; the rest is not for us.
+#[derive(Deserialize)]
+struct Identity {
+    store: StoreId,
+}
+
+/// The store that a caller means: by id, by the beginning of it, or by path.
+pub fn resolve<'a>(state: &'a State, text: &str) -> Result<&'a StoreRecord, Fault> {
+    if let Some(record) = state.stores.values().find(|record| record.path == Path::new(text)) {
+        return Ok(record);
+    }
+    let wanted = text.to_ascii_lowercase();
+    let mut matches = state.stores.values().filter(|record| wanted.len() >= PREFIX_MIN && record.id.to_string().starts_with(&wanted));
+    match (matches.next(), matches.next()) {
+        (Some(record), None) => Ok(record),
+        (Some(_), Some(_)) => Err(Fault::invalid("store", format!("{text:?} is the beginning of several stores' ids: write more of it"))),
+        (None, _) => Err(Fault::new(Reason::StoreNotFound, text, format!("there is no store {text:?}; see carrick store list"))),
+    }
+}
+
+/// Adds a folder as a store and starts serving it.
+pub async fn add(context: &Context, path: &str, listen: Option<SocketAddr>, insecure: bool) -> Result<StoreId, Fault> {
+    let _one_at_a_time = context.stores.lock().await;
+    let (path, empty) = look_into(Path::new(path))?;
+    let state = context.state();
+    if let Some(known) = state.stores.values().find(|record| record.path == path) {
+        return same_options(known, listen, insecure).map(|()| known.id);
+    }
+    let identity = if empty { tool(context, "format", &path).await? } else { tool(context, "show", &path).await? };
+    if let Some(known) = state.stores.get(&identity.store) {
+        let message = format!("the store in {} is added already, at {}", path.display(), known.path.display());
+        return Err(Fault::new(Reason::StoreExists, known.id, message));
+    }
+    let record = StoreRecord { id: identity.store, path, listen, insecure, added_unix: unix_now() };
+    context.apply(Mutation::PutStore(record.clone())).await?;
+    if let Err(fault) = wait_until_served(context, &record).await {
+        context.apply(Mutation::RemoveStore(record.id)).await?;
+        wait_gone(context, record.id).await?;
+        return Err(fault);
+    }
+    Ok(record.id)
+}
+
+/// Stops serving a store and forgets it. Its files stay.
+pub async fn remove(context: &Context, text: &str) -> Result<(), Fault> {
+    let _one_at_a_time = context.stores.lock().await;
+    let state = context.state();
+    let record = resolve(&state, text)?;
+    let volumes: Vec<_> = state.volumes_on(record.id).map(|volume| volume.name.to_string()).collect();
+    if !volumes.is_empty() {
+        let message = format!("store {} has replicas of {}: delete these volumes first", record.path.display(), volumes.join(", "));
+        return Err(Fault::new(Reason::StoreInUse, record.id, message));
+    }
+    context.apply(Mutation::RemoveStore(record.id)).await?;
+    wait_gone(context, record.id).await
+}
+
+/// Different stores for a new volume: the given ones, or those with the most free space.
+pub async fn choose(context: &Context, given: &[String], count: usize) -> Result<Vec<StoreId>, Fault> {
+    let state = context.state();
+    if !given.is_empty() {
+        let mut chosen = Vec::new();
+        for text in given {
+            let id = resolve(&state, text)?.id;
+            if chosen.contains(&id) {
+                return Err(Fault::invalid("stores", format!("store {text} is given twice: each replica needs a store of its own")));
+            }
+            chosen.push(id);
+        }
+        return Ok(chosen);
+    }
+    let mut free = Vec::new();
+    for (id, status) in survey::replicas(context, &state).await {
+        if let Ok(status) = status {
+            free.push((status.usage.free, id));
+        }
+    }
+    if free.len() < count {
+        let away = state.stores.len() - free.len();
+        let but = if away == 0 { String::new() } else { format!(", and {away} that can't be reached") };
+        let message = format!(
+            "{count} stores are needed for {count} replicas, there are {}{but}: add one with carrick store add, or ask for fewer replicas",
+            free.len()
+        );
+        return Err(Fault::new(Reason::TooFewStores, "stores", message));
+    }
+    free.sort_unstable_by_key(|(free, id)| (std::cmp::Reverse(*free), *id));
+    Ok(free.into_iter().take(count).map(|(_, id)| id).collect())
+}
+
+/// The folder's real path, and whether nothing is in it.
+fn look_into(path: &Path) -> Result<(PathBuf, bool), Fault> {
+    let invalid = |message: String| Fault::invalid("path", message);
+    if !path.is_absolute() {
+        return Err(invalid(format!("{} is not an absolute path", path.display())));
+    }
+    let failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => invalid(format!("{} is not there: make the folder, or mount the disk, first", path.display())),
+        _ => invalid(format!("{}: {error}", path.display())),
+    };
+    let path = path.canonicalize().map_err(failed)?;
+    let mut empty = true;
+    for entry in path.read_dir().map_err(failed)? {
+        // Every new ext4 file system has this folder.
+        empty &= entry.map_err(failed)?.file_name() == "lost+found";
+    }
+    Ok((path, empty))
+}
+
+fn same_options(known: &StoreRecord, listen: Option<SocketAddr>, insecure: bool) -> Result<(), Fault> {
+    let written = |listen: Option<SocketAddr>| listen.map_or("no address".to_owned(), |address| address.to_string());
+    if known.listen != listen {
+        let message =
+            format!("store {} is added already, with {}, not {}", known.path.display(), written(known.listen), written(listen));
+        return Err(Fault::new(Reason::StoreExists, known.id, message));
+    }
+    if known.insecure != insecure {
+        let how = if known.insecure { "without" } else { "with" };
+        let message = format!("store {} is added already, {how} TLS", known.path.display());
+        return Err(Fault::new(Reason::StoreExists, known.id, message));
+    }
+    Ok(())
+}
+
+/// Runs `carrick-replica WHAT PATH`.
+async fn tool(context: &Context, what: &str, path: &Path) -> Result<Identity, Fault> {
+    let program = context.bin_dir.join("carrick-replica");
+    let unusable = |message: String| Fault::new(Reason::StoreUnusable, path.display(), message);
+    let run = Command::new(&program).arg(what).arg(path).kill_on_drop(true).output();
+    let output = match tokio::time::timeout(TOOL_LIMIT, run).await {
+        Ok(Ok(output)) => output,
+        Ok(Err(error)) => {
+            return Err(Fault::new(Reason::Internal, program.display(), format!("can't start {}: {error}", program.display())));
+        }
+        Err(_) => {
+            let limit = TOOL_LIMIT.as_secs();
+            return Err(unusable(format!("{} doesn't answer: carrick-replica {what} was given up after {limit} s", path.display())));
+        }
+    };
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let sentence = said.lines().rev().map(str::trim).find(|line| !line.is_empty());
+        let fallback = || format!("carrick-replica {what} {} ended with {}", path.display(), output.status);
+        return Err(unusable(sentence.map_or_else(fallback, |line| line.trim_start_matches("Error: ").to_owned())));
+    }
+    serde_json::from_slice(&output.stdout)
+        .map_err(|error| Fault::new(Reason::Internal, program.display(), format!("carrick-replica {what} answered nonsense: {error}")))
+}
+
+async fn wait_until_served(context: &Context, record: &StoreRecord) -> Result<(), Fault> {
+    let id = ProcessId::Replica(record.id);
+    let mut failure = None;
+    let served = context.node.wait_until(|observed| {
+        let Some(process) = observed.processes.get(&id) else { return false };
+        failure = process.last_exit.as_ref().map(ToString::to_string);
+        process.answers() || failure.is_some()
+    });
+    let in_time = tokio::time::timeout(START_LIMIT, served).await.is_ok();
+    match failure {
+        Some(message) => Err(Fault::new(Reason::StoreUnusable, record.path.display(), message)),
+        None if in_time => Ok(()),
+        None => {
+            let message = format!("carrick-replica doesn't serve {} after {} s", record.path.display(), START_LIMIT.as_secs());
+            Err(Fault::new(Reason::StoreUnreachable, record.path.display(), message))
+        }
+    }
+}
+
+async fn wait_gone(context: &Context, store: StoreId) -> Result<(), Fault> {
+    let id = ProcessId::Replica(store);
+    tokio::time::timeout(STOP_LIMIT, context.node.wait_gone(id))
+        .await
+        .map_err(|_| Fault::new(Reason::StoreUnreachable, store, format!("the {id} doesn't end")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stores_are_found_by_id_its_beginning_and_path() {
+        let mut state = State::default();
+        for number in [0x11, 0x12] {
+            let id = StoreId::from_bytes([0xab, 0xcd, number, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+            let path = format!("/srv/{number}").into();
+            state.stores.insert(id, StoreRecord { id, path, listen: None, insecure: false, added_unix: 0 });
+        }
+        for good in ["/srv/17", "abcd11", "ABCD1100", "abcd1100-0000-0000-0000-000000000000"] {
+            assert_eq!(resolve(&state, good).unwrap().path, Path::new("/srv/17"), "{good}");
+        }
+        assert_eq!(resolve(&state, "abcd").unwrap_err().reason, Reason::InvalidField);
+        for bad in ["", "abc", "/srv", "abcd13"] {
+            assert_eq!(resolve(&state, bad).unwrap_err().reason, Reason::StoreNotFound, "{bad}");
+        }
+    }
+}

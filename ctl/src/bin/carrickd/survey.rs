@@ -1,0 +1,63 @@
+//! Asks all processes that answer how they do, at the same time.
+
+use std::collections::BTreeMap;
+
+use carrick_backing_store::{StoreId, VolumeId};
+use carrick_replicator::control::{ReplicaProcessStatus, TargetStatus};
+use tokio::task::JoinSet;
+
+use crate::context::Context;
+use crate::control;
+use crate::metadata::State;
+use crate::observed::{Answers, Observed, ProcessId, ProcessState};
+
+/// An answer, or why there is none.
+pub type Answer<T> = Result<T, String>;
+
+/// How all stores do.
+pub async fn replicas(context: &Context, state: &State) -> BTreeMap<StoreId, Answer<ReplicaProcessStatus>> {
+    let observed = context.node.observed();
+    let mut answers = BTreeMap::new();
+    let mut asking = JoinSet::new();
+    for &store in state.stores.keys() {
+        match why_silent(&observed, ProcessId::Replica(store)) {
+            Some(why) => drop(answers.insert(store, Err(why))),
+            None => {
+                let socket = context.run.replica_control(store);
+                asking.spawn(async move { (store, control::replica_status(&socket).await.map_err(|error| error.to_string())) });
+            }
+        }
+    }
+    answers.extend(asking.join_all().await);
+    answers
+}
+
+/// How the targets of these volumes do.
+pub async fn targets(context: &Context, volumes: impl IntoIterator<Item = VolumeId>) -> BTreeMap<VolumeId, Answer<TargetStatus>> {
+    let observed = context.node.observed();
+    let mut answers = BTreeMap::new();
+    let mut asking = JoinSet::new();
+    for volume in volumes {
+        match why_silent(&observed, ProcessId::Target(volume)) {
+            Some(why) => drop(answers.insert(volume, Err(why))),
+            None => {
+                let socket = context.run.target_control(volume);
+                asking.spawn(async move { (volume, control::target_status(&socket).await.map_err(|error| error.to_string())) });
+            }
+        }
+    }
+    answers.extend(asking.join_all().await);
+    answers
+}
+
+/// Why a process is not asked at all; `None` if it is. One that never answered yet is asked: it may by now.
+pub fn why_silent(observed: &Observed, id: ProcessId) -> Option<String> {
+    let Some(process) = observed.processes.get(&id) else { return Some("is not started yet".into()) };
+    let last = process.last_exit.as_ref().map_or(String::new(), |exit| format!(" (before: {exit})"));
+    match process.state {
+        ProcessState::Alive { answers: Answers::Hung, pid, .. } => Some(format!("process {pid} runs but doesn't answer")),
+        ProcessState::Alive { .. } | ProcessState::Stopping { .. } => None,
+        ProcessState::Unseen | ProcessState::Launching => Some(format!("is being started{last}")),
+        ProcessState::Down { .. } => Some(process.last_exit.as_ref().map_or("is not running".into(), ToString::to_string)),
+    }
+}

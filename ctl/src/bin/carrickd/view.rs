@@ -1,0 +1,235 @@
+//! Records and answers of processes, as the messages of `carrick.v1`. No I/O.
+
+use std::collections::BTreeMap;
+
+use carrick_backing_store::{StoreId, VolumeId};
+use carrick_ctl::v1;
+use carrick_replicator::control::{MemberReport, MemberState, ReplicaProcessStatus, TargetPhase, TargetStatus};
+
+use crate::metadata::{AttachmentPhase, AttachmentRecord, State, StoreRecord, VolumePhase, VolumeRecord};
+use crate::observed::{Answers, Observed, Process, ProcessId, ProcessState};
+use crate::survey::Answer;
+
+/// Everything that is known at one moment.
+pub struct View<'a> {
+    /// What is wanted.
+    pub state: &'a State,
+    /// What runs.
+    pub observed: &'a Observed,
+    /// What the stores' processes say.
+    pub replicas: &'a BTreeMap<StoreId, Answer<ReplicaProcessStatus>>,
+    /// What the attached volumes' processes say.
+    pub targets: &'a BTreeMap<VolumeId, Answer<TargetStatus>>,
+}
+
+impl View<'_> {
+    /// All stores, by path.
+    pub fn stores(&self) -> Vec<v1::Store> {
+        let mut stores: Vec<_> = self.state.stores.values().map(|record| self.store(record)).collect();
+        stores.sort_by(|a, b| a.path.cmp(&b.path));
+        stores
+    }
+
+    /// One store.
+    pub fn store(&self, record: &StoreRecord) -> v1::Store {
+        let answer = self.replicas.get(&record.id);
+        let usage = answer.and_then(|answer| answer.as_ref().ok()).map(|status| v1::StoreUsage {
+            capacity_bytes: status.usage.capacity.get(),
+            free_bytes: status.usage.free.get(),
+            reserved_bytes: status.usage.reserved.get(),
+        });
+        v1::Store {
+            id: record.id.to_string(),
+            path: record.path.display().to_string(),
+            listen: record.listen.map(|address| address.to_string()),
+            insecure: record.insecure,
+            process: process_state(self.observed.processes.get(&ProcessId::Replica(record.id))).into(),
+            usage,
+            volumes: self.state.volumes_on(record.id).map(|volume| volume.name.to_string()).collect(),
+            problem: answer.and_then(|answer| answer.as_ref().err()).map(|why| format!("carrick-replica {why}")),
+        }
+    }
+
+    /// All volumes, by name.
+    pub fn volumes(&self) -> Vec<v1::Volume> {
+        let mut volumes: Vec<_> = self.state.volumes.values().map(|record| self.volume(record)).collect();
+        volumes.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
+        volumes
+    }
+
+    /// One volume.
+    pub fn volume(&self, record: &VolumeRecord) -> v1::Volume {
+        let attachment = self.state.attachments.get(&record.id);
+        let target = attachment.and_then(|_| self.targets.get(&record.id));
+        let members = target.and_then(|answer| answer.as_ref().ok()).map_or(&[][..], |status| &status.replicas);
+        let replica = |store: &StoreId| {
+            let place = self.state.stores.get(store).map_or(String::new(), |record| record.path.display().to_string());
+            match members.iter().find(|member| member.store == *store) {
+                Some(member) => replica_in_target(member, place),
+                None => self.replica_in_store(record.id, *store, place),
+            }
+        };
+        let state = match record.phase {
+            VolumePhase::Creating => v1::VolumeState::Creating,
+            VolumePhase::Ready => v1::VolumeState::Ready,
+            VolumePhase::Deleting => v1::VolumeState::Deleting,
+        };
+        v1::Volume {
+            id: record.id.to_string(),
+            name: record.name.to_string(),
+            size_bytes: record.size.bytes().get(),
+            block_size: record.block_size,
+            config_version: record.config_version,
+            created_unix: record.created_unix,
+            state: state.into(),
+            replicas: record.replicas.iter().map(replica).collect(),
+            attachment: attachment.map(|attachment| attachment_message(attachment, target)),
+        }
+    }
+
+    fn replica_in_store(&self, volume: VolumeId, store: StoreId, store_path: String) -> v1::Replica {
+        let (state, last_error) = match self.replicas.get(&store) {
+            Some(Ok(status)) => match status.replicas.iter().find(|report| report.spec.volume == volume) {
+                Some(report) if report.failure.is_some() => (v1::ReplicaState::Refused, report.failure.clone()),
+                Some(_) => (v1::ReplicaState::Idle, None),
+                None => (v1::ReplicaState::Missing, Some("its store doesn't have it".to_owned())),
+            },
+            Some(Err(why)) => (v1::ReplicaState::Disconnected, Some(format!("carrick-replica {why}"))),
+            None => (v1::ReplicaState::Disconnected, None),
+        };
+        v1::Replica { store: store.to_string(), store_path, state: state.into(), copied_bytes: None, copy_total_bytes: None, last_error }
+    }
+
+    /// The processes that carrickd looks after.
+    pub fn processes(&self) -> Vec<v1::Process> {
+        let message = |(id, process): (&ProcessId, &Process)| {
+            let (kind, subject) = match id {
+                ProcessId::Replica(store) => (v1::ProcessKind::Replica, store.to_string()),
+                ProcessId::Target(volume) => (v1::ProcessKind::Target, volume.to_string()),
+            };
+            let hung = matches!(process.state, ProcessState::Alive { answers: Answers::Hung, .. });
+            let ended = process.last_exit.as_ref().map(|exit| format!("before: {exit}"));
+            v1::Process {
+                kind: kind.into(),
+                subject,
+                state: process_state(Some(process)).into(),
+                pid: process.pid(),
+                restarts: process.restarts,
+                problem: if hung { Some("it runs but doesn't answer".into()) } else { ended },
+            }
+        };
+        self.observed.processes.iter().map(message).collect()
+    }
+
+    /// Everything that is not as it should be, in words.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        for store in self.stores() {
+            problems.extend(store.problem.map(|problem| format!("store {}: {problem}", store.path)));
+        }
+        for volume in self.volumes() {
+            let name = &volume.name;
+            if let Some(attachment) = &volume.attachment {
+                problems.extend(attachment.problem.as_ref().map(|problem| format!("volume {name}: {problem}")));
+                problems.extend(attachment.waiting_for.as_ref().map(|what| format!("volume {name} waits for {what}")));
+            }
+            if volume.state() == v1::VolumeState::Deleting {
+                let stores: Vec<_> = volume.replicas.iter().map(|replica| replica.store_path.as_str()).collect();
+                problems.push(format!("volume {name} is deleted, but for its replicas in {}", stores.join(", ")));
+                continue;
+            }
+            for replica in &volume.replicas {
+                if !matches!(replica.state(), v1::ReplicaState::Idle | v1::ReplicaState::InSync) {
+                    let detail = replica.last_error.as_ref().map_or(String::new(), |error| format!(" ({error})"));
+                    let word = replica_word(replica);
+                    problems.push(format!("volume {name}: the replica in {} is {word}{detail}", replica.store_path));
+                }
+            }
+        }
+        problems
+    }
+}
+
+/// What a replica does, in words.
+fn replica_word(replica: &v1::Replica) -> &'static str {
+    match replica.state() {
+        v1::ReplicaState::Unspecified => "in an unknown state",
+        v1::ReplicaState::Idle => "idle",
+        v1::ReplicaState::Disconnected => "not connected",
+        v1::ReplicaState::Joining => "joining",
+        v1::ReplicaState::InSync => "in sync",
+        v1::ReplicaState::Copying => "being copied",
+        v1::ReplicaState::Behind => "behind",
+        v1::ReplicaState::Refused => "refusing",
+        v1::ReplicaState::Missing => "missing",
+    }
+}
+
+fn process_state(process: Option<&Process>) -> v1::ProcessState {
+    match process.map(|process| process.state) {
+        Some(ProcessState::Alive { answers: Answers::Yes, .. }) => v1::ProcessState::Running,
+        Some(ProcessState::Alive { .. } | ProcessState::Launching | ProcessState::Unseen) | None => v1::ProcessState::Starting,
+        Some(ProcessState::Stopping { .. }) => v1::ProcessState::Stopping,
+        Some(ProcessState::Down { .. }) => v1::ProcessState::Down,
+    }
+}
+
+fn replica_in_target(member: &MemberReport, store_path: String) -> v1::Replica {
+    let state = match member.state {
+        MemberState::Disconnected => v1::ReplicaState::Disconnected,
+        MemberState::Joining => v1::ReplicaState::Joining,
+        MemberState::InSync => v1::ReplicaState::InSync,
+        MemberState::Copying => v1::ReplicaState::Copying,
+        MemberState::Behind => v1::ReplicaState::Behind,
+        MemberState::Refused => v1::ReplicaState::Refused,
+    };
+    v1::Replica {
+        store: member.store.to_string(),
+        store_path,
+        state: state.into(),
+        copied_bytes: member.copied.map(|(copied, _)| copied.get()),
+        copy_total_bytes: member.copied.map(|(_, total)| total.get()),
+        last_error: member.last_error.clone(),
+    }
+}
+
+fn attachment_message(record: &AttachmentRecord, target: Option<&Answer<TargetStatus>>) -> v1::Attachment {
+    let state = match record.phase {
+        AttachmentPhase::Attaching => v1::AttachmentState::Attaching,
+        AttachmentPhase::Attached => v1::AttachmentState::Attached,
+        AttachmentPhase::Detaching { .. } => v1::AttachmentState::Detaching,
+    };
+    let mut message = v1::Attachment {
+        state: state.into(),
+        host: record.host,
+        queue_depth: record.queue_depth.into(),
+        device: None,
+        term: None,
+        phase: v1::TargetPhase::Unspecified.into(),
+        requests_in_flight: 0,
+        waiting_for: None,
+        problem: None,
+    };
+    match target {
+        Some(Ok(status)) => {
+            message.device = status.device.as_ref().map(|device| device.display().to_string());
+            message.term = status.term.map(|term| term.to_string());
+            message.phase = target_phase(status.phase).into();
+            message.requests_in_flight = status.requests_in_flight;
+            message.waiting_for.clone_from(&status.waiting_for);
+        }
+        Some(Err(why)) => message.problem = Some(format!("carrick-target {why}")),
+        None => {}
+    }
+    message
+}
+
+fn target_phase(phase: TargetPhase) -> v1::TargetPhase {
+    match phase {
+        TargetPhase::Electing => v1::TargetPhase::Electing,
+        TargetPhase::Reconciling => v1::TargetPhase::Reconciling,
+        TargetPhase::Starting => v1::TargetPhase::Starting,
+        TargetPhase::Serving => v1::TargetPhase::Serving,
+        TargetPhase::Stopping => v1::TargetPhase::Stopping,
+    }
+}

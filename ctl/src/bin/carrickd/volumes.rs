@@ -1,0 +1,249 @@
+//! Creating and deleting volumes.
+//!
+//! **Order of a creation:** 1. the record, *creating*; 2. the replicas; 3. the record, *ready*; 4. the answer. A crash before
+//! 3 leaves a record that says where replicas may be: they are deleted, then the record. Nobody was told of the volume.
+//!
+//! **Order of a deletion:** 1. the record, *deleting*: from here on the volume is gone for callers, and its name is free;
+//! 2. replica by replica: delete it, then strike it from the record; 3. the last one takes the record along. A crash
+//! anywhere is followed by the same steps again: deleting a replica twice changes nothing.
+
+use carrick_backing_store::{ReplicaSpec, StoreId, VolumeId, VolumeSize};
+use carrick_ctl::fault::{Fault, Reason};
+use carrick_ctl::name::VolumeName;
+use carrick_ctl::size::HumanSize;
+use carrick_replicator::control::{ControlErrorCode, ReplicaRequest};
+
+use crate::attach;
+use crate::context::{Context, unix_now};
+use crate::control::{self, CallError};
+use crate::metadata::{Mutation, VolumePhase, VolumeRecord};
+use crate::observed::ProcessId;
+use crate::reconcile::Work;
+use crate::stores;
+
+/// Replicas of a volume if nobody says how many: it survives the loss of one and goes on.
+pub const REPLICAS_DEFAULT: u32 = 3;
+/// How many there may be. Four and six cost a replica more than three and five and survive no further loss.
+const REPLICAS_ALLOWED: [u32; 4] = [1, 2, 3, 5];
+/// Every guest can boot from a disk with such blocks.
+pub const BLOCK_SIZE_DEFAULT: u32 = 512;
+/// What ublk and all guests know.
+const BLOCK_SIZES_ALLOWED: [u32; 2] = [512, 4096];
+
+/// A request for a volume, as it came.
+#[derive(Clone, Debug)]
+pub struct NewVolume {
+    /// Its name.
+    pub name: String,
+    /// In bytes.
+    pub size: u64,
+    /// How many, if it matters.
+    pub replicas: Option<u32>,
+    /// In bytes, if it matters.
+    pub block_size: Option<u32>,
+    /// On which stores, if it matters.
+    pub stores: Vec<String>,
+}
+
+/// The same, checked.
+struct Checked {
+    name: VolumeName,
+    size: VolumeSize,
+    replicas: u32,
+    block_size: u32,
+    stores: Vec<String>,
+}
+
+impl NewVolume {
+    fn check(self) -> Result<Checked, Fault> {
+        let name = parse_name(&self.name)?;
+        let size = VolumeSize::new(self.size).map_err(|error| Fault::invalid("size_bytes", error.to_string()))?;
+        let block_size = self.block_size.unwrap_or(BLOCK_SIZE_DEFAULT);
+        if !BLOCK_SIZES_ALLOWED.contains(&block_size) {
+            return Err(Fault::invalid("block_size", format!("block size {block_size} is not possible: it is 512 or 4096")));
+        }
+        let given = u32::try_from(self.stores.len()).unwrap_or(u32::MAX);
+        let replicas = self.replicas.unwrap_or(if given == 0 { REPLICAS_DEFAULT } else { given });
+        if !REPLICAS_ALLOWED.contains(&replicas) {
+            return Err(Fault::invalid("replicas", format!("{replicas} replicas are not possible: there can be 1, 2, 3 or 5")));
+        }
+        if given != 0 && given != replicas {
+            let message = format!("{given} stores are given for {replicas} replicas: each replica needs a store of its own");
+            return Err(Fault::invalid("stores", message));
+        }
+        Ok(Checked { name, size, replicas, block_size, stores: self.stores })
+    }
+}
+
+/// A name, checked.
+pub fn parse_name(text: &str) -> Result<VolumeName, Fault> {
+    text.parse().map_err(|error: carrick_ctl::name::NameError| Fault::invalid("name", error.to_string()))
+}
+
+/// The fault for a volume that isn't there.
+pub fn not_found(name: &VolumeName) -> Fault {
+    Fault::new(Reason::VolumeNotFound, name, format!("there is no volume {name}; see carrick volume list"))
+}
+
+/// Makes a volume, or finds the one that the same request made before.
+pub async fn create(context: &Context, new: NewVolume) -> Result<VolumeId, Fault> {
+    let new = new.check()?;
+    let _guard = context.locks.lock(&new.name).await;
+    let existing = context.state().volume_by_name(&new.name).cloned();
+    let record = match existing {
+        Some(volume) => {
+            same_request(context, &volume, &new)?;
+            volume
+        }
+        None => {
+            let record = VolumeRecord {
+                id: VolumeId::random(),
+                replicas: stores::choose(context, &new.stores, new.replicas as usize).await?,
+                name: new.name,
+                size: new.size,
+                block_size: new.block_size,
+                config_version: 1,
+                created_unix: unix_now(),
+                phase: VolumePhase::Creating,
+            };
+            context.apply(Mutation::InsertVolume(record.clone())).await?;
+            record
+        }
+    };
+    if record.phase == VolumePhase::Ready {
+        return Ok(record.id);
+    }
+    if let Err(fault) = make_replicas(context, &record).await {
+        undo_creation(context, &record).await?;
+        return Err(fault);
+    }
+    set_phase(context, &record, VolumePhase::Ready).await?;
+    tracing::info!(volume = %record.name, id = %record.id, "created");
+    Ok(record.id)
+}
+
+fn same_request(context: &Context, volume: &VolumeRecord, new: &Checked) -> Result<(), Fault> {
+    let name = &volume.name;
+    let differs = |what: &str, there: String, asked: String| {
+        Fault::new(Reason::VolumeExists, name, format!("volume {name} exists with another {what}: {there}, not {asked}"))
+    };
+    if volume.size != new.size {
+        let text = |size: VolumeSize| format!("{} ({} bytes)", HumanSize(size.bytes().get()), size.bytes());
+        return Err(differs("size", text(volume.size), text(new.size)));
+    }
+    if volume.block_size != new.block_size {
+        return Err(differs("block size", volume.block_size.to_string(), new.block_size.to_string()));
+    }
+    if volume.replicas.len() != new.replicas as usize {
+        return Err(differs("number of replicas", volume.replicas.len().to_string(), new.replicas.to_string()));
+    }
+    let state = context.state();
+    for text in &new.stores {
+        if !volume.replicas.contains(&stores::resolve(&state, text)?.id) {
+            let there: Vec<_> = volume.replicas.iter().map(ToString::to_string).collect();
+            return Err(differs("choice of stores", there.join(", "), new.stores.join(", ")));
+        }
+    }
+    Ok(())
+}
+
+async fn make_replicas(context: &Context, volume: &VolumeRecord) -> Result<(), Fault> {
+    let spec = ReplicaSpec { volume: volume.id, size: volume.size };
+    for &store in &volume.replicas {
+        let request = ReplicaRequest::Create { spec };
+        let made = control::replica(&context.run.replica_control(store), &request, control::CHANGE_LIMIT).await;
+        made.map_err(|error| replica_fault(context, store, error))?;
+    }
+    Ok(())
+}
+
+/// What a caller is told when a store didn't do something.
+fn replica_fault(context: &Context, store: StoreId, error: CallError) -> Fault {
+    let state = context.state();
+    let place = state.stores.get(&store).map_or(store.to_string(), |record| record.path.display().to_string());
+    match error {
+        CallError::Refused(refused) => {
+            let reason = match refused.code {
+                ControlErrorCode::NoSpace => Reason::NoSpace,
+                ControlErrorCode::Unsupported => Reason::Unsupported,
+                _ => Reason::ReplicaFailed,
+            };
+            // The store names itself in "no room"; elsewhere it may not.
+            let message = if refused.message.contains(&place) { refused.message } else { format!("store {place}: {refused}") };
+            Fault::new(reason, store, message)
+        }
+        other => Fault::new(Reason::StoreUnreachable, store, format!("store {place} can't be reached: {other}")),
+    }
+}
+
+async fn set_phase(context: &Context, volume: &VolumeRecord, phase: VolumePhase) -> Result<VolumeRecord, Fault> {
+    let new = VolumeRecord { phase, ..volume.clone() };
+    context.apply(Mutation::ReplaceVolume { expected: volume.clone().into(), new: new.clone().into() }).await?;
+    Ok(new)
+}
+
+/// Deletes a volume. Returns the stores where its replica couldn't be deleted yet.
+pub async fn delete(context: &Context, name: &str) -> Result<Vec<StoreId>, Fault> {
+    let name = parse_name(name)?;
+    let _guard = context.locks.lock(&name).await;
+    let state = context.state();
+    let volume = state.volume_by_name(&name).ok_or_else(|| not_found(&name))?;
+    if state.attachments.contains_key(&volume.id) {
+        let device = attach::device(context, volume.id).await;
+        let place = device.map_or("this node".to_owned(), |device| format!("this node as {}", device.display()));
+        let message = format!("volume {name} is attached to {place}: detach it first (carrick detach {name})");
+        return Err(Fault::new(Reason::VolumeAttached, &name, message));
+    }
+    let volume = set_phase(context, volume, VolumePhase::Deleting).await?;
+    tracing::info!(volume = %name, id = %volume.id, "deleting");
+    delete_replicas(context, volume).await
+}
+
+async fn undo_creation(context: &Context, volume: &VolumeRecord) -> Result<bool, Fault> {
+    tracing::info!(volume = %volume.name, id = %volume.id, "its creation is undone");
+    let volume = set_phase(context, volume, VolumePhase::Deleting).await?;
+    Ok(delete_replicas(context, volume).await?.is_empty())
+}
+
+/// Deletes what can be reached. Returns the stores that are left; the reconciler goes on when they are back.
+async fn delete_replicas(context: &Context, mut volume: VolumeRecord) -> Result<Vec<StoreId>, Fault> {
+    for store in volume.replicas.clone() {
+        let answers = context.node.observed().processes.get(&ProcessId::Replica(store)).is_some_and(|process| process.answers());
+        if !answers {
+            continue;
+        }
+        let request = ReplicaRequest::Delete { volume: volume.id };
+        if let Err(error) = control::replica(&context.run.replica_control(store), &request, control::CHANGE_LIMIT).await {
+            tracing::warn!(volume = %volume.id, %store, %error, "a replica can't be deleted yet");
+            continue;
+        }
+        let rest = volume.replicas.iter().copied().filter(|other| *other != store).collect();
+        let struck = VolumeRecord { replicas: rest, ..volume.clone() };
+        context.apply(Mutation::ReplaceVolume { expected: volume.into(), new: struck.clone().into() }).await?;
+        volume = struck;
+    }
+    if volume.replicas.is_empty() {
+        context.apply(Mutation::RemoveVolume(volume.id)).await?;
+    }
+    Ok(volume.replicas)
+}
+
+/// Goes on with a volume that an earlier carrickd, or an unreachable store, left unfinished. Returns whether that is over.
+pub async fn resume(context: &Context, id: VolumeId, work: Work) -> bool {
+    let Some(name) = context.state().volumes.get(&id).map(|volume| volume.name.clone()) else { return true };
+    // Somebody works on it: when he is done, the records are looked at again.
+    let Some(_guard) = context.locks.try_lock(&name) else { return true };
+    // As it is now, under the lock: the plan may be older.
+    let Some(volume) = context.state().volumes.get(&id).cloned() else { return true };
+    let result = match (work, volume.phase) {
+        (Work::UndoCreation, VolumePhase::Creating) => undo_creation(context, &volume).await,
+        (Work::Delete, VolumePhase::Deleting) => delete_replicas(context, volume).await.map(|left| left.is_empty()),
+        (Work::Attach, VolumePhase::Ready) => attach::resume_attach(context, &volume).await.map(|()| true),
+        (Work::Detach, VolumePhase::Ready) => attach::resume_detach(context, &volume).await.map(|()| true),
+        _ => Ok(true),
+    };
+    result.unwrap_or_else(|fault| {
+        tracing::warn!(volume = %name, error = %fault, ?work, "unfinished work");
+        false
+    })
+}
