@@ -6,9 +6,9 @@
 
 use std::collections::BTreeSet;
 
-use carrick_backing_store::{ByteLength, ByteOffset, Extent};
+use carrick_backing_store::{ByteLength, ByteOffset, Content, Extent, Seq};
 
-use super::member::Stage;
+use super::member::{Member, Stage};
 use super::range_lock::Access;
 use super::requests::Owner;
 use super::{Engine, MemberIndex, Outstanding};
@@ -146,6 +146,7 @@ impl Engine {
     /// The source could not give the chunk.
     pub(super) fn on_copy_read_failed(&mut self, now: Monotonic, source: MemberIndex, destination: MemberIndex, chunk: Extent, tried: u8) {
         if self.chunks.contains_key(&(destination, chunk.offset())) {
+            self.members[source.0].damaged |= !self.is_serving();
             self.read_chunk_from(now, destination, chunk, tried | 1 << source.0);
         }
     }
@@ -184,20 +185,31 @@ impl Engine {
         }
     }
 
+    /// Whether this member's old content may give way to a copy: a majority without it has all that was acknowledged; or a
+    /// joined member has, this one has not, and no other member is being copied, so that what is left of others' content stays.
+    pub(super) fn may_destroy(&self, index: MemberIndex) -> bool {
+        let Some(status) = self.members[index.0].promised() else { return false };
+        if self.holders_of_acknowledged(index) >= self.majority() {
+            return true;
+        }
+        let here = Some(status.log_term) == self.term && status.content != Content::Rebuilding;
+        let lacks = !here || status.position < self.acknowledged;
+        let holds = |member: &Member| member.is_joined() && member.received >= self.acknowledged;
+        let copying = |member: &Member| member.takes_writes() && !member.is_joined() || matches!(member.stage, Stage::CopyBeginning);
+        lacks && self.members.iter().any(holds) && !self.members.iter().any(copying)
+    }
+
     /// Starts to copy the whole volume into members that are behind, where that risks nothing.
     pub(super) fn start_rebuilds(&mut self, now: Monotonic) {
         if !self.is_serving() {
             return;
         }
         for index in self.member_indices() {
-            let member = &self.members[index.0];
-            // Its old content is destroyed: without it, a majority must have all that was acknowledged.
-            if member.promised().is_some() && !member.in_sync && self.holders_of_acknowledged(index) >= self.majority() {
+            if !self.members[index.0].in_sync && self.may_destroy(index) {
                 let base = self.backlog.last();
                 let member = &mut self.members[index.0];
                 member.stage = Stage::CopyBeginning;
-                (member.received, member.durable, member.sent, member.flush_sent) =
-                    (base, carrick_backing_store::Seq::ZERO, base, carrick_backing_store::Seq::ZERO);
+                (member.received, member.durable, member.sent, member.flush_sent) = (base, Seq::ZERO, base, Seq::ZERO);
                 let header = Header { flags: Flags::REBUILD, sequence: base, ..self.header(Kind::CopyBegin) };
                 self.request(now, index, Frame::new(header, Body::Empty), Outstanding::Control);
             }

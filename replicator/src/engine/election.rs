@@ -33,7 +33,10 @@ impl Engine {
     /// When the wait for the other members ends, if a majority waits for them.
     pub(super) fn gather_deadline(&self) -> Option<Monotonic> {
         match self.phase {
-            Phase::Electing { majority_at } | Phase::Gathering { majority_at } => majority_at.map(|at| at + GATHER_WAIT),
+            // With a note, only another member's answer can help.
+            Phase::Electing { majority_at } | Phase::Gathering { majority_at } if self.note.is_none() => {
+                majority_at.map(|at| at + GATHER_WAIT)
+            }
             _ => None,
         }
     }
@@ -57,10 +60,10 @@ impl Engine {
             _ => None,
         });
         let (ready, highest) = highest.fold((0, None), |(count, highest), promised| (count + 1, highest.max(Some(promised))));
-        let Some(highest) = highest else { return };
         if !self.is_gathered(now, ready) {
             return;
         }
+        let Some(highest) = highest else { return };
         let nonce = self.random();
         let Some(term) = highest.successor(nonce) else {
             self.note = Some(format!("the volume's terms are used up ({highest} is promised)"));
@@ -91,9 +94,11 @@ impl Engine {
             let status = self.members[index.0].promised()?;
             (status.content != Content::Rebuilding).then_some((index, *status))
         });
-        // The highest log term, then the highest position; a complete one before a mixed one; the first of equals.
-        let rank = |status: &StatusAnswer| (status.log_term, status.position, status.content == Content::Complete);
-        let chosen = candidates.reduce(|best, next| if rank(&next.1) > rank(&best.1) { next } else { best });
+        // The highest log term, then the highest position. Of equals one without damage, a complete one, the first.
+        let rank = |(index, status): &(MemberIndex, StatusAnswer)| {
+            (status.log_term, status.position, !self.members[index.0].damaged, status.content == Content::Complete)
+        };
+        let chosen = candidates.reduce(|best, next| if rank(&next) > rank(&best) { next } else { best });
         let Some((chosen, best)) = chosen else {
             self.note = Some("no replica that answers holds a complete copy; the others must come back".to_owned());
             return;

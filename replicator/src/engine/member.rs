@@ -73,6 +73,8 @@ pub(super) struct Member {
     /// Whether a ping is among the answers it owes.
     pub(super) pinged: bool,
     pub(super) copy: Option<Copy>,
+    /// Before serving: a block of it could not be read.
+    pub(super) damaged: bool,
     pub(super) last_error: Option<String>,
     backoff: Duration,
     /// Whether it said no, rather than nothing.
@@ -94,6 +96,7 @@ impl Member {
             quiet_since: now,
             pinged: false,
             copy: None,
+            damaged: false,
             last_error: None,
             backoff: RETRY_FIRST,
             refused: false,

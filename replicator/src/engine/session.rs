@@ -186,7 +186,11 @@ impl Engine {
     fn on_promised(&mut self, now: Monotonic, index: MemberIndex, status: StatusAnswer) {
         self.members[index.0].stage = Stage::Promised(status);
         if !self.is_serving() {
-            return self.advance_election(now);
+            if self.stalled_chunks.is_empty() {
+                return self.advance_election(now);
+            }
+            // The chosen content has a damaged block; this member may hold the same content undamaged.
+            return self.restart_gathering(now);
         }
         let member = &self.members[index.0];
         let here = Some(status.log_term) == self.term && status.content == Content::Complete;
@@ -196,13 +200,14 @@ impl Engine {
             let member = &mut self.members[index.0];
             (member.received, member.durable) = (status.position, status.durable);
             (member.sent, member.flush_sent) = (status.position, Seq::ZERO);
-            self.on_joined(now, index);
+            // The backlog goes first: a read that is sent after it finds every acknowledged write.
             self.send_backlog(now, index);
+            self.on_joined(now, index);
         } else {
             // What it lost no longer counts as held. It stays in the count until a majority without it has everything.
             let member = &mut self.members[index.0];
             member.received = if here { status.position.min(member.received) } else { Seq::ZERO };
-            if self.holders_of_acknowledged(index) >= self.majority() {
+            if self.may_destroy(index) {
                 let member = &mut self.members[index.0];
                 (member.in_sync, member.left_at) = (false, None);
                 self.start_rebuilds(now);
@@ -247,6 +252,8 @@ impl Engine {
                 self.members[index.0].last_error = Some(error.text.clone());
                 self.on_copy_read_failed(now, index, destination, chunk, tried);
             }
+            // To a read that nobody waits for any more.
+            (ErrorCode::Corrupt | ErrorCode::Io, None | Some(Outstanding::Abandoned)) if header.request != RequestId(0) => {}
             (code, settled) => {
                 // What was settled above is still to be done: put back what losing the member hands on.
                 if let Some(outstanding @ (Outstanding::Read { .. } | Outstanding::CopyRead { .. })) = settled {
