@@ -3,7 +3,7 @@
 //!
 //! | Module | What it is |
 //! |---|---|
-//! | [`format`] | the bytes; no I/O |
+//! | [`mod@format`] | the bytes; no I/O |
 //! | `disk` | the system calls, behind traits |
 //! | `replica_file` | where and in which order one file is read and written |
 //! | `recovery` | what a file means after a crash |

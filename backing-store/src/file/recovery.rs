@@ -45,18 +45,26 @@ pub(super) fn recover(file: &ReplicaFile, boot: BootId) -> Result<Recovered, Sto
     };
     slot.clean = false;
     slot.boot = boot;
-    // Both slots, so that damage to one of them can neither bring the clean flag back nor a promise down.
-    for _ in 0..2 {
-        slot.generation += 1;
-        if let Err(error) = file.write_slot(&slot) {
-            // The page cache may have lost what an earlier write put there: the next start must not trust it. This mark needs no
-            // sync, because it matters only while the page cache lives.
-            drop(file.write_applied(Applied { adoption: slot.adoption, position, suspect: true }));
-            return Err(error);
-        }
+    if let Err(error) = take_over(file, &mut slot) {
+        // The page cache may have lost what an earlier write put there: the next start must not trust it. This mark needs no sync,
+        // because it matters only while the page cache lives.
+        drop(file.write_applied(Applied { adoption: slot.adoption, position, suspect: true }));
+        return Err(error);
     }
     file.write_applied(Applied { adoption: slot.adoption, position, suspect: false })?;
     Ok(Recovered { slot, position, last_logged })
+}
+
+fn take_over(file: &ReplicaFile, slot: &mut StateSlot) -> Result<(), StoreError> {
+    // The slot that was found may be in the page cache only, if a kill met its writer before the device had it. It must be on
+    // stable media before the other one is overwritten: else a loss of power now could leave neither.
+    file.sync()?;
+    // Both slots, so that damage to one of them can neither bring the clean flag back nor a promise down.
+    for _ in 0..2 {
+        slot.generation += 1;
+        file.write_slot(slot)?;
+    }
+    Ok(())
 }
 
 /// The position after a kill. `None` if it was no mere kill.
@@ -71,8 +79,7 @@ fn position_after_kill(slot: &StateSlot, applied: Applied, boot: BootId) -> Opti
 
 fn last_logged(file: &ReplicaFile, slot: &StateSlot, position: Seq) -> Result<Seq, StoreError> {
     let mut last = position;
-    while !slot.log_lost && last.get() - position.get() < file.layout().log_records() && file.logged(slot.adoption, last.next())?.is_some()
-    {
+    while last.get() - position.get() < file.layout().log_records() && file.logged(slot.adoption, last.next())?.is_some() {
         last = last.next();
     }
     Ok(last)
@@ -100,7 +107,6 @@ fn lose_power(file: &ReplicaFile, slot: &StateSlot) -> Result<StateSlot, StoreEr
     tracing::warn!(%volume, durable = slot.durable.get(), "power was lost; all blocks are being checked");
     let resummed = settle(file, file.spec().size.extent())?;
     tracing::warn!(%volume, resummed, "blocks that were being written when power was lost have been summed afresh");
-    file.sync()?;
     let mut lost = StateSlot { adoption: slot.adoption + 1, base: slot.durable, log_lost: true, ..*slot };
     if lost.state.content == Content::Complete {
         lost.state.content = Content::Mixed;

@@ -11,8 +11,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::buffer::BufferPool;
 use crate::store::{LoggedExtents, OpenedReplica, Operation, ReadData, ReplicaSpec, ReplicaState, StoreError};
-use crate::units::{Extent, Seq};
+use crate::units::{Extent, Seq, VolumeId};
 
+use super::disk::Folder;
 use super::format::{Applied, BootId, StateSlot};
 use super::order::Order;
 use super::recovery::{self, Recovered};
@@ -78,12 +79,7 @@ impl Replica {
         }
     }
 
-    pub(super) fn open(
-        folder: &dyn super::disk::Folder,
-        name: &str,
-        volume: crate::units::VolumeId,
-        boot: BootId,
-    ) -> Result<Self, StoreError> {
+    pub(super) fn open(folder: &dyn Folder, name: &str, volume: VolumeId, boot: BootId) -> Result<Self, StoreError> {
         let file = ReplicaFile::open(folder, name, volume)?;
         let recovered = recovery::recover(&file, boot)?;
         Ok(Self::new(file, &recovered))
@@ -293,7 +289,7 @@ impl Replica {
         self.check()?;
         if self.write_failed.load(Ordering::Acquire) {
             // Blocks are in doubt: let the next start settle them.
-            return Ok(());
+            return Err(self.poisoned_error());
         }
         self.sync()?;
         let mut slot = lock(&self.slot);

@@ -1,6 +1,11 @@
 //! Tests of the file store. `nasty` is a folder in memory that forgets, tears and fails like a disk; the other modules are named
 //! after what they show.
 
+mod bytes;
+mod crashes;
+mod damage;
+mod nasty;
+mod oracle;
 mod service;
 
 use std::collections::BTreeMap;
