@@ -30,9 +30,14 @@ with_lock() {
   ) 9>"$lock"
 }
 
-# can_install WHAT: runs tests/kernel/install, if that has a chance.
-can_install() {
-  [[ $EUID == 0 ]] && have apt-get && "${here:?}/install" "$1" >&2
+# need KIND PROGRAM...: installs what KIND needs if a program is missing.
+need() {
+  local program
+  for program in "${@:2}"; do
+    have "$program" && continue
+    [[ $EUID == 0 ]] && have apt-get && with_lock install "$here/install" "$1" >"$(cache_dir)/install.log" 2>&1
+    return
+  done
 }
 
 # prepare_run COMMAND...: makes this run's folder, with all that the machine is told.
@@ -75,6 +80,10 @@ guest_settings() {
     printf '%s=%q\n' "$name" "${!name}"
   done
   printf 'directory=%q\n' "$PWD"
+  # Folders that the machine must not hide.
+  local visible=("$PWD" "$results" "$(cd "$here/../.." && pwd -P)")
+  [[ ! -d ${CARGO_TARGET_DIR-} ]] || visible+=("$(cd "$CARGO_TARGET_DIR" && pwd)")
+  printf 'visible=(%s)\n' "${visible[*]@Q}"
 }
 
 # helper COMMAND...: a background process that ends with the run. It gets a session
@@ -195,7 +204,7 @@ finish_relays() {
 }
 
 show_console() {
-  local lines=40 # an oops with its call trace
+  local lines=80 # an oops with its call trace
   say "the last $lines lines of the kernel's console:"
-  tail -n "$lines" "$console" >&2
+  tail -n "$lines" "$console" | tr -d '\r' >&2
 }

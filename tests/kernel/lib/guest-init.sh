@@ -6,7 +6,7 @@ set -euo pipefail
 
 # $CARRICK_RUN comes from the kernel's command line.
 run_dir=$CARRICK_RUN
-# shellcheck disable=SC1091 # it sets: kernel timeout results directory out err control modules scratch
+# shellcheck disable=SC1091 # it sets: kernel timeout results directory visible out err control modules scratch
 . "$run_dir/settings"
 
 report() { # the last thing that the host hears of us
@@ -19,9 +19,14 @@ trap 'report "line $LINENO of guest-init.sh failed"' ERR
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 umask 022
 
-# These folders of the host's are reached through their open descriptors once the
-# file systems mounted below hide them.
-exec {old_directory}<"$directory" {old_results}<"$results"
+# Folders of the host's which the file systems mounted below hide are reached through
+# open descriptors after that.
+declare -A held
+for folder in "${visible[@]}"; do
+  case $folder/ in
+    /tmp/?* | /run/?* | /dev/shm/?*) exec {descriptor}<"$folder" && held[$folder]=$descriptor ;;
+  esac
+done
 
 mountpoint -q /proc || mount -t proc proc /proc
 mountpoint -q /sys || mount -t sysfs sys /sys
@@ -38,19 +43,13 @@ ln -sfn /proc/self/fd/0 /dev/stdin
 ln -sfn /proc/self/fd/1 /dev/stdout
 ln -sfn /proc/self/fd/2 /dev/stderr
 
-# show_again FOLDER DESCRIPTOR: puts a folder that is hidden now back in its place.
-show_again() {
-  case $1/ in
-    /tmp/?* | /run/?* | /dev/shm/?*)
-      mkdir -p "$1"
-      # The link is not to be resolved to the folder's path, which is hidden.
-      mount --no-canonicalize --bind "/proc/self/fd/$2" "$1"
-      ;;
-  esac
-}
-show_again "$directory" "$old_directory"
-show_again "$results" "$old_results"
-exec {old_directory}<&- {old_results}<&-
+for folder in "${!held[@]}"; do
+  descriptor=${held[$folder]}
+  mkdir -p "$folder"
+  # The link is not to be resolved to the folder's path, which is hidden.
+  mount --no-canonicalize --bind "/proc/self/fd/$descriptor" "$folder"
+  exec {descriptor}<&-
+done
 
 # The outputs, if they are terminals, pass bytes on as they are.
 for channel in "$out" "$err" "$control"; do

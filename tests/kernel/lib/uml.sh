@@ -4,11 +4,13 @@
 
 uml_find() {
   local candidate
-  why_not="there is no user-mode Linux kernel: run 'tests/kernel/build-uml', or let \$CARRICK_UML name one."
+  why_not="user-mode Linux needs ip, pkill and xz: as root, run 'tests/kernel/install uml'."
+  need uml ip pkill xz || return 1
+  why_not="there is no user-mode Linux kernel: run 'tests/kernel/build-uml' on a Debian machine, or let \$CARRICK_UML name one."
   for candidate in "${CARRICK_UML-}" "$here/../../../shared/uml/linux-uml.xz" "$(cache_dir)/linux-uml"; do
     [[ $candidate ]] || continue
     if [[ -f $candidate ]]; then
-      [[ $candidate != *.xz ]] || candidate=$(uml_unpacked "$candidate")
+      [[ $candidate != *.xz ]] || candidate=$(uml_unpacked "$candidate") || return 1
       uml=$candidate
       return
     elif [[ $candidate == "${CARRICK_UML-}" ]]; then
