@@ -219,6 +219,9 @@ pub trait ReplicaStore {
 /// The most blocks of one [`Operation::Write`] or [`Operation::Read`]: what a [`crate::Buffer`] holds (2 MiB).
 pub const BLOCKS_MAX: u64 = (2 << 20) / BLOCK_SIZE as u64;
 
+/// A position above this was never reached by counting, and would overflow some day: it is a mistake or damage.
+pub(crate) const SEQ_MAX: Seq = Seq::new(1 << 62);
+
 impl Operation {
     /// Why a store must refuse this for a volume of `size`, if it must. The session has checked all this already; a store asks
     /// again because the answer to a mistake must never be a write beside the data.
@@ -226,6 +229,7 @@ impl Operation {
         let (extent, blocks_max) = match self {
             Self::Write { extent, .. } | Self::Read { extent } => (*extent, BLOCKS_MAX),
             Self::WriteZeroes { extent, .. } => (*extent, u64::MAX),
+            Self::SetState { position: Some(position), .. } if *position > SEQ_MAX => return Some("a position is over 2^62"),
             Self::Sync | Self::SetState { .. } | Self::LoggedAfter { .. } => return None,
         };
         if !extent.is_block_aligned() {

@@ -5,7 +5,7 @@
 //! new store by name.
 
 use crate::checksum::Checksum;
-use crate::store::{Content, ReplicaState, StoreError};
+use crate::store::{Content, ReplicaState, SEQ_MAX, StoreError};
 use crate::units::{BLOCK_SIZE, BlockIndex, ByteLength, ByteOffset, Extent, Seq, StoreId, Term, VolumeId, VolumeSize};
 use std::path::Path;
 
@@ -393,8 +393,8 @@ impl StateSlot {
             log_lost: flags & FLAG_LOG_LOST != 0,
             boot: BootId(array(page, 80)),
         };
-        if slot.durable < slot.base {
-            return Err(FormatError::Field("a state slot's durable position is below its base"));
+        if slot.durable < slot.base || slot.durable > SEQ_MAX {
+            return Err(FormatError::Field("a state slot's durable position is not a possible one"));
         }
         Ok(slot)
     }
@@ -436,6 +436,9 @@ impl Applied {
         let flags = u32_at(bytes, 16);
         if flags & !FLAG_SUSPECT != 0 {
             return Err(FormatError::Field("an applied record has unknown flags"));
+        }
+        if u64_at(bytes, 0) > SEQ_MAX.get() {
+            return Err(FormatError::Field("an applied record's position is not a possible one"));
         }
         Ok(Self { position: Seq::new(u64_at(bytes, 0)), adoption: u64_at(bytes, 8), suspect: flags != 0 })
     }

@@ -79,8 +79,11 @@ fn position_after_kill(slot: &StateSlot, applied: Applied, boot: BootId) -> Opti
 
 fn last_logged(file: &ReplicaFile, slot: &StateSlot, position: Seq) -> Result<Seq, StoreError> {
     let mut last = position;
-    while last.get() - position.get() < file.layout().log_records() && file.logged(slot.adoption, last.next())?.is_some() {
-        last = last.next();
+    while last.get() - position.get() < file.layout().log_records() {
+        match file.logged(slot.adoption, last.next(), last.next())?.as_slice() {
+            [Some(_)] => last = last.next(),
+            _ => break,
+        }
     }
     Ok(last)
 }
@@ -89,9 +92,9 @@ fn settle_logged(file: &ReplicaFile, slot: &StateSlot, position: Seq, last_logge
     let mut resummed = 0;
     let mut seq = position;
     while seq < last_logged {
-        seq = seq.next();
-        if let Some(extent) = file.logged(slot.adoption, seq)? {
-            resummed += settle(file, extent)?;
+        for extent in file.logged(slot.adoption, seq.next(), last_logged)? {
+            seq = seq.next();
+            resummed += extent.map_or(Ok(0), |extent| settle(file, extent))?;
         }
     }
     if seq > position {

@@ -1,6 +1,6 @@
 //! One replica in service: its file, its position and its durable state.
 //!
-//! Locks: `slot` before `progress`. `slot` is held over a sync and the slot that follows from it, so that of two syncs at the same
+//! Locks: `slot` before `progress` before `known`. `slot` is held over a sync and the slot that follows from it, so that of two syncs at the same
 //! time none can take the other's error for its own success, and slots have one writer.
 //!
 //! Invariants: what `progress` says has been written to the file before anybody is told; the first failed sync or slot write sets
@@ -61,6 +61,8 @@ pub(super) struct Replica {
     pub(super) order: Order,
     slot: Mutex<StateSlot>,
     progress: Mutex<Progress>,
+    /// What was last completed, for those who must not wait for the device as the holders of the other locks do.
+    known: Mutex<OpenedReplica>,
     poisoned: AtomicBool,
     write_failed: AtomicBool,
 }
@@ -69,11 +71,13 @@ impl Replica {
     pub(super) fn new(file: ReplicaFile, recovered: &Recovered) -> Self {
         let Recovered { slot, position, last_logged } = *recovered;
         let progress = Progress { adoption: slot.adoption, base: slot.base, log_lost: slot.log_lost, position, last_logged };
+        let known = OpenedReplica { spec: file.spec(), state: slot.state, position, durable: slot.durable };
         Self {
             file,
             order: Order::default(),
             slot: Mutex::new(slot),
             progress: Mutex::new(progress),
+            known: Mutex::new(known),
             poisoned: AtomicBool::new(false),
             write_failed: AtomicBool::new(false),
         }
@@ -94,8 +98,7 @@ impl Replica {
     }
 
     pub(super) fn opened(&self) -> OpenedReplica {
-        let slot = lock(&self.slot);
-        OpenedReplica { spec: self.spec(), state: slot.state, position: lock(&self.progress).position, durable: slot.durable }
+        *lock(&self.known)
     }
 
     /// How many writes may be logged before the applied record follows them: half of the log, so that a restart finds all.
@@ -192,6 +195,7 @@ impl Replica {
         let mut progress = lock(&self.progress);
         self.write_applied(&Progress { position: to, ..*progress })?;
         progress.position = to;
+        lock(&self.known).position = to;
         Ok(())
     }
 
@@ -228,6 +232,7 @@ impl Replica {
         self.put_slot(&mut slot, next)?;
         self.put_slot(&mut slot, next)?;
         *lock(&self.progress) = progress;
+        *lock(&self.known) = OpenedReplica { spec: self.spec(), state, position: progress.position, durable: progress.position };
         Ok(())
     }
 
@@ -249,13 +254,15 @@ impl Replica {
         let mut extents = Vec::new();
         let mut seq = after;
         while seq < last_logged {
-            seq = seq.next();
-            match self.file.logged(adoption, seq)? {
-                Some(extent) if extent.is_empty() => {}
-                Some(extent) => extents.push(extent),
-                None => {
-                    tracing::warn!(volume = %self.spec().volume, %seq, "the log misses a record");
-                    return Ok(LoggedExtents::Forgotten);
+            for found in self.file.logged(adoption, seq.next(), last_logged)? {
+                seq = seq.next();
+                match found {
+                    Some(extent) if extent.is_empty() => {}
+                    Some(extent) => extents.push(extent),
+                    None => {
+                        tracing::warn!(volume = %self.spec().volume, %seq, "the log misses a record");
+                        return Ok(LoggedExtents::Forgotten);
+                    }
                 }
             }
         }
@@ -274,6 +281,7 @@ impl Replica {
         if position > slot.durable {
             let next = StateSlot { durable: position, ..*slot };
             self.put_slot(&mut slot, next)?;
+            lock(&self.known).durable = position;
         }
         Ok(slot.durable)
     }

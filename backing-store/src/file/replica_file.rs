@@ -244,13 +244,20 @@ impl ReplicaFile {
         if bytes.is_empty() { Ok(()) } else { self.write("log a write in", &bytes, self.layout().log_record(start)) }
     }
 
-    /// The extent logged for a write, if its record is there and whole.
-    pub(super) fn logged(&self, adoption: u64, seq: Seq) -> Result<Option<Extent>, StoreError> {
-        let mut bytes = [0; RECORD];
-        self.read("read the log of", &mut bytes, self.layout().log_record(seq))?;
-        let record = LogRecord::decode(&bytes, self.volume()).ok();
+    /// The extents logged for the writes from `first` on, `None` where a record is not there or not whole. At least one, at most up
+    /// to `last`: the caller asks again for the rest.
+    pub(super) fn logged(&self, adoption: u64, first: Seq, last: Seq) -> Result<Vec<Option<Extent>>, StoreError> {
+        let records = self.layout().log_records();
+        let to_the_border = records - first.get() % records;
+        let count = (last.get().saturating_sub(first.get()) + 1).min(to_the_border).min((PAGE / RECORD) as u64);
+        let mut bytes = vec![0; index(count) * RECORD];
+        self.read("read the log of", &mut bytes, self.layout().log_record(first))?;
         let whole = self.header.size.extent();
-        Ok(record.filter(|found| found.seq == seq && found.adoption == adoption && whole.contains(found.extent)).map(|found| found.extent))
+        let extent = |(seq, bytes): (u64, &[u8])| {
+            let record = LogRecord::decode(bytes, self.volume()).ok()?;
+            (record.seq.get() == seq && record.adoption == adoption && whole.contains(record.extent)).then_some(record.extent)
+        };
+        Ok((first.get()..).zip(bytes.chunks_exact(RECORD)).map(extent).collect())
     }
 
     // Blocks.

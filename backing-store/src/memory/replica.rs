@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::ops::Bound;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -201,7 +202,7 @@ impl Replica {
         if self.log_floor.is_none_or(|floor| after < floor) {
             return LoggedExtents::Forgotten;
         }
-        let extents = self.log.range(after.next()..).map(|(_, extent)| *extent);
+        let extents = self.log.range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, extent)| *extent);
         LoggedExtents::All(extents.filter(|extent| !extent.is_empty()).collect())
     }
 

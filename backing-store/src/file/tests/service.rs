@@ -15,6 +15,11 @@ fn open(path: &Path) -> FileStore {
     FileStore::open_with(path, options(BOOT)).unwrap()
 }
 
+const _: () = {
+    const fn moves_between_threads<T: Send>() {}
+    moves_between_threads::<FileStore>();
+};
+
 #[test]
 fn what_was_written_is_found_again_after_a_close() {
     let (_folder, path) = formatted();
@@ -163,4 +168,20 @@ fn a_hole_gives_back_no_old_bytes_even_from_the_disk() {
     assert_eq!(data[..BLOCK], pattern(0, 5));
     assert!(data[BLOCK..599 * BLOCK].iter().all(|byte| *byte == 0));
     assert_eq!(data[599 * BLOCK..], pattern(599, 5));
+}
+
+#[test]
+fn the_log_reaches_back_as_far_as_it_holds() {
+    let (_folder, path) = formatted();
+    let mut store = open(&path);
+    store.create(spec(64)).unwrap();
+    for seq in 1..=150 {
+        run(&mut store, write(Some(seq), seq % 64, 1, 5)).unwrap();
+    }
+    assert_eq!(logged(&mut store, 85), LoggedExtents::Forgotten);
+    let LoggedExtents::All(mut extents) = logged(&mut store, 86) else { panic!() };
+    extents.dedup();
+    assert_eq!(extents.len(), 64);
+    assert_eq!(logged(&mut store, 148), LoggedExtents::All(vec![extent(21, 1), extent(22, 1)]));
+    assert_eq!(logged(&mut store, 150), LoggedExtents::All(vec![]));
 }
