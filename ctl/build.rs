@@ -26,8 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let mut build = tonic_prost_build::configure().type_attribute(".carrick.v1", "#[derive(serde::Serialize)]");
     for (field, writer) in ENUM_FIELDS {
-        build = build
-            .field_attribute(format!(".carrick.v1.{field}"), format!("#[serde(serialize_with = \"crate::json::{writer}\")]"));
+        build = build.field_attribute(format!(".carrick.v1.{field}"), format!("#[serde(serialize_with = \"crate::json::{writer}\")]"));
     }
     build.compile_fds(compiler.file_descriptor_set())?;
     Ok(())

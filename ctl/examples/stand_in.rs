@@ -92,7 +92,8 @@ fn format(path: &Path) -> Result<()> {
 }
 
 fn identity(path: &Path) -> Result<StoreId> {
-    let document = fs::read(path.join("store.json")).map_err(|_| format!("{} is not a Carrick store: it has no store.json", path.display()))?;
+    let document =
+        fs::read(path.join("store.json")).map_err(|_| format!("{} is not a Carrick store: it has no store.json", path.display()))?;
     serde_json::from_slice(&document).map_err(text)
 }
 

@@ -225,6 +225,15 @@ mod tests {
     }
 
     #[test]
+    fn every_reason_is_documented() {
+        let readme = include_str!("../README.md");
+        for reason in Reason::ALL {
+            let row = format!("| `{}` | {:?} | {} |", reason.as_str(), reason.code(), reason.exit_code() as u8);
+            assert!(readme.contains(&row), "README.md lacks the row {row}");
+        }
+    }
+
+    #[test]
     fn a_status_without_detail_has_an_exit_code_too() {
         assert_eq!(exit_code(&Status::not_found("x")), ExitCode::NotFound);
         assert_eq!(exit_code(&Status::unavailable("x")), ExitCode::Unreachable);

@@ -15,7 +15,9 @@ pub struct VolumeName(String);
 
 /// Why a text is not a name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} can't be a volume's name: write 1 to {NAME_MAX} letters, digits, dots, dashes or underscores, the first a letter or a digit")]
+#[error(
+    "{0:?} can't be a volume's name: write 1 to {NAME_MAX} letters, digits, dots, dashes or underscores, the first a letter or a digit"
+)]
 pub struct NameError(String);
 
 impl VolumeName {
@@ -31,9 +33,8 @@ impl FromStr for VolumeName {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let inner = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
-        let valid = text.len() <= NAME_MAX
-            && text.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
-            && text.bytes().all(inner);
+        let valid =
+            text.len() <= NAME_MAX && text.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric()) && text.bytes().all(inner);
         if valid { Ok(Self(text.to_owned())) } else { Err(NameError(text.to_owned())) }
     }
 }

@@ -27,7 +27,9 @@ const UNITS: [(&str, u64); 16] = [
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SizeError {
     /// Not a number and a unit.
-    #[error("{0:?} is not a size: write a number of bytes, or a whole number with K, M, G or T (powers of 1024) or kB, MB, GB or TB (powers of 1000), such as 20G")]
+    #[error(
+        "{0:?} is not a size: write a number of bytes, or a whole number with K, M, G or T (powers of 1024) or kB, MB, GB or TB (powers of 1000), such as 20G"
+    )]
     Malformed(String),
     /// Above 2^64.
     #[error("{0:?} is more bytes than can be counted")]

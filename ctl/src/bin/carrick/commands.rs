@@ -123,7 +123,10 @@ async fn wait_until_gone(socket: &Path) -> Result<(), Problem> {
     let started = Instant::now();
     while socket.exists() {
         if started.elapsed() >= GONE_LIMIT {
-            return Err(Problem::local(format!("everything is shut down, but carrickd itself doesn't end; {} is still there", socket.display())));
+            return Err(Problem::local(format!(
+                "everything is shut down, but carrickd itself doesn't end; {} is still there",
+                socket.display()
+            )));
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

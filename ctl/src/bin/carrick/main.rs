@@ -15,7 +15,14 @@ use crate::arguments::Arguments;
 use crate::report::Problem;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        // What can't be parsed can't say how it wants to be told, except so.
+        Err(error) if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") => {
+            return Problem::usage(&error).report(true);
+        }
+        Err(error) => error.exit(),
+    };
     let json = arguments.json;
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,

@@ -23,6 +23,13 @@ impl Problem {
         Fault::new(Reason::Internal, "carrick", error.to_string()).into()
     }
 
+    /// The command line makes no sense.
+    pub fn usage(error: &clap::Error) -> Self {
+        let text = error.to_string();
+        let message = text.strip_prefix("error: ").unwrap_or(&text).trim_end();
+        Self { code: fault::ExitCode::Usage, reason: "USAGE".into(), subject: "command line".into(), message: message.into() }
+    }
+
     /// The daemon doesn't answer.
     pub fn unreachable(socket: &Path, why: impl Display) -> Self {
         let message = format!("carrickd can't be reached at {}: {why}", socket.display());

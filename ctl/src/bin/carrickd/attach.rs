@@ -280,7 +280,7 @@ async fn not_detached(
         set_phase(context, volume.id, AttachmentPhase::Attached).await?;
     }
     let hint = if force { String::new() } else { format!("; carrick detach --force {name} restarts a target that hangs") };
-    let message = format!("the target of volume {name} can't take its device away: {error}{hint}");
+    let message = format!("volume {name} can't be detached: its carrick-target {error}{hint}");
     Ok(Fault::new(Reason::TargetUnreachable, name, message))
 }
 
@@ -293,7 +293,7 @@ async fn ask_to_detach(context: &Context, volume: &VolumeRecord, force: bool) ->
         Err(error) => Err(error),
     };
     match answered {
-        Err(CallError::TimedOut(_) | CallError::NotThere | CallError::Io(_)) if force => {
+        Err(CallError::TimedOut(_) | CallError::NotThere | CallError::Io(_) | CallError::Silent(_)) if force => {
             let before = context.node.pidfd(id);
             if let Some(pidfd) = before {
                 tracing::warn!(volume = %volume.name, pid = pidfd.pid(), "the target hangs and is killed");
@@ -326,7 +326,7 @@ async fn wait_until_answering(context: &Context, id: ProcessId) -> Result<(), Ca
         Ok(()) => Ok(()),
         Err(_) => {
             let why = survey::why_silent(&context.node.observed(), id);
-            Err(why.map_or(CallError::TimedOut(ANSWER_LIMIT), |why| std::io::Error::other(why).into()))
+            Err(why.map_or(CallError::TimedOut(ANSWER_LIMIT), CallError::Silent))
         }
     }
 }

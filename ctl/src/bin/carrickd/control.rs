@@ -4,7 +4,9 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use carrick_replicator::control::{ControlError, LINE_MAX, ReplicaAnswer, ReplicaProcessStatus, ReplicaRequest, TargetAnswer, TargetRequest, TargetStatus};
+use carrick_replicator::control::{
+    ControlError, LINE_MAX, ReplicaAnswer, ReplicaProcessStatus, ReplicaRequest, TargetAnswer, TargetRequest, TargetStatus,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -19,21 +21,24 @@ pub const DETACH_LIMIT: Duration = Duration::from_secs(30);
 /// For ending a carrick-replica: it puts everything on stable media first.
 pub const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
 
-/// Why there is no answer.
+/// Why there is no answer: the end of a sentence that begins with the process.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// Nobody listens there.
-    #[error("it isn't running")]
+    #[error("isn't running")]
     NotThere,
     /// It took too long.
-    #[error("it didn't answer within {} s", .0.as_secs())]
+    #[error("didn't answer within {} s", .0.as_secs())]
     TimedOut(Duration),
     /// The connection failed, or the answer is not one.
-    #[error("{0}")]
+    #[error("can't be talked to: {0}")]
     Io(#[from] io::Error),
     /// It refused, and nothing changed.
-    #[error("{0}")]
+    #[error("refuses: {0}")]
     Refused(ControlError),
+    /// It wasn't even asked.
+    #[error("{0}")]
+    Silent(String),
 }
 
 impl CallError {

@@ -13,8 +13,8 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use carrick_replicator::endpoint::Endpoint;
 use carrick_replicator::control::{ControlError, ControlErrorCode, ReplicaAddress, ReplicaRequest, RunDirectory, TargetConfig};
+use carrick_replicator::endpoint::Endpoint;
 
 use crate::context::Context;
 use crate::control::{self, CallError};
@@ -65,7 +65,7 @@ pub async fn look_after(context: Arc<Context>, id: ProcessId, if_absent: IfAbsen
             Err(exit) => return context.node.send(Event::Ended { process: id, exit }).await,
         },
         Err(error) => {
-            let exit = Exit::Died(format!("can't be looked for: {error}"));
+            let exit = Exit::Died(error.to_string());
             return context.node.send(Event::Ended { process: id, exit }).await;
         }
     };

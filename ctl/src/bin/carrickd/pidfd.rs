@@ -89,6 +89,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    #[expect(clippy::zombie_processes, reason = "reaping is what is tested")]
     async fn the_end_of_a_child_is_told_and_reaped() {
         let child = Command::new("sh").args(["-c", "exit 7"]).stdin(Stdio::null()).spawn().unwrap();
         let process = PidFd::open(child.id()).unwrap();

@@ -109,7 +109,9 @@ fn wanted(state: &State, stopping: bool) -> BTreeSet<ProcessId> {
 fn start_what_is_missing(plan: &mut Plan, state: &State, id: ProcessId, process: Option<&Process>, now: Instant) {
     match process.map(|process| process.state) {
         None | Some(ProcessState::Unseen) => plan.actions.push(Action::Launch(id)),
-        Some(ProcessState::Down { not_before }) if !is_over(state, id, process) && !is_asked(process) => plan.at(not_before, now, Action::Launch(id)),
+        Some(ProcessState::Down { not_before }) if !is_over(state, id, process) && !is_asked(process) => {
+            plan.at(not_before, now, Action::Launch(id))
+        }
         Some(_) => {}
     }
 }

@@ -26,7 +26,10 @@ pub async fn everything(context: &Context, detach: bool, force: bool) -> Result<
 async fn end_all(context: &Context, detach: bool, force: bool) -> Result<(), Fault> {
     let state = context.state();
     let attached = || state.attachments.keys().filter_map(|id| state.volumes.get(id)).map(|volume| volume.name.to_string());
-    if !detach && let names = attached().collect::<Vec<_>>() && !names.is_empty() {
+    if !detach
+        && let names = attached().collect::<Vec<_>>()
+        && !names.is_empty()
+    {
         let message = format!("volumes are attached: {}; detach them first, or use carrick shutdown --detach", names.join(", "));
         return Err(Fault::new(Reason::VolumeAttached, names.join(","), message));
     }

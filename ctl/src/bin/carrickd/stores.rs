@@ -136,8 +136,7 @@ fn look_into(path: &Path) -> Result<(PathBuf, bool), Fault> {
 fn same_options(known: &StoreRecord, listen: Option<SocketAddr>, insecure: bool) -> Result<(), Fault> {
     let written = |listen: Option<SocketAddr>| listen.map_or("no address".to_owned(), |address| address.to_string());
     if known.listen != listen {
-        let message =
-            format!("store {} is added already, with {}, not {}", known.path.display(), written(known.listen), written(listen));
+        let message = format!("store {} is added already, with {}, not {}", known.path.display(), written(known.listen), written(listen));
         return Err(Fault::new(Reason::StoreExists, known.id, message));
     }
     if known.insecure != insecure {

@@ -172,7 +172,7 @@ fn replica_fault(context: &Context, store: StoreId, error: CallError) -> Fault {
             let message = if refused.message.contains(&place) { refused.message } else { format!("store {place}: {refused}") };
             Fault::new(reason, store, message)
         }
-        other => Fault::new(Reason::StoreUnreachable, store, format!("store {place} can't be reached: {other}")),
+        other => Fault::new(Reason::StoreUnreachable, store, format!("store {place} can't be reached: its carrick-replica {other}")),
     }
 }
 

@@ -96,7 +96,9 @@ pub enum MetadataError {
     #[error("{0} is in use by another carrickd")]
     InUse(PathBuf),
     /// A newer version wrote it.
-    #[error("{path}: {what} has format {found}, this carrickd knows up to {known}: upgrade carrickd, or restore the file of the older version")]
+    #[error(
+        "{path}: {what} has format {found}, this carrickd knows up to {known}: upgrade carrickd, or restore the file of the older version"
+    )]
     UnknownFormat {
         /// The file.
         path: PathBuf,

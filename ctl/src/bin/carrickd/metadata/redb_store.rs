@@ -54,9 +54,7 @@ impl RedbStore {
             other => storage(path)(other.into()),
         })?;
         let state = Arc::new(load(path, &database)?);
-        Ok(Self {
-            inner: Arc::new(Inner { path: path.into(), database, state: Mutex::new(state), writing: Mutex::new(()) }),
-        })
+        Ok(Self { inner: Arc::new(Inner { path: path.into(), database, state: Mutex::new(state), writing: Mutex::new(()) }) })
     }
 }
 

@@ -1,0 +1,206 @@
+//! A node in a temporary folder: carrickd with stand-ins for the other programs, and the `carrick` command.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// For anything that a test waits for. Only a failure takes so long.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a command answered.
+#[derive(Debug)]
+pub struct Answer {
+    /// Exit code.
+    pub code: i32,
+    /// Standard output, or standard error if it failed, as JSON (`Null` if it isn't any).
+    pub json: Value,
+    /// All that was written.
+    pub text: String,
+}
+
+impl Answer {
+    #[track_caller]
+    pub fn ok(self) -> Value {
+        assert_eq!(self.code, 0, "{}", self.text);
+        self.json
+    }
+
+    /// It failed with this exit code and reason; returns the message.
+    #[track_caller]
+    pub fn fails(self, code: i32, reason: &str) -> String {
+        assert_eq!((self.code, self.json["reason"].as_str()), (code, Some(reason)), "{}", self.text);
+        self.json["message"].as_str().unwrap().to_owned()
+    }
+}
+
+impl From<Output> for Answer {
+    fn from(output: Output) -> Self {
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        let json = serde_json::from_str(if output.status.success() { &out } else { &err }).unwrap_or(Value::Null);
+        Self { code: output.status.code().unwrap_or(-1), json, text: format!("{out}{err}") }
+    }
+}
+
+pub struct Node {
+    folder: TempDir,
+    daemon: Option<Child>,
+}
+
+impl Node {
+    /// With carrickd running and this many stores.
+    pub fn new(stores: usize) -> Self {
+        // Not the default temporary folder: names of sockets must be short.
+        let folder = tempfile::Builder::new().prefix("cctl").tempdir_in("/tmp").unwrap();
+        let mut node = Self { folder, daemon: None };
+        fs::create_dir(node.path("bin")).unwrap();
+        for name in ["carrick-replica", "carrick-target"] {
+            symlink(stand_in(), node.path("bin").join(name)).unwrap();
+        }
+        node.start();
+        for number in 0..stores {
+            node.add_store(number);
+        }
+        node
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A file in the run directory.
+    pub fn run(&self, name: &str) -> PathBuf {
+        self.path("run").join(name)
+    }
+
+    pub fn store_path(&self, number: usize) -> PathBuf {
+        self.path(&format!("store{number}"))
+    }
+
+    pub fn add_store(&self, number: usize) -> Value {
+        let path = self.store_path(number);
+        fs::create_dir_all(&path).unwrap();
+        self.carrick(&["store", "add", path.to_str().unwrap()]).ok()
+    }
+
+    /// Number of replica files in a store.
+    pub fn replicas_in(&self, number: usize) -> usize {
+        let entries = fs::read_dir(self.store_path(number)).unwrap().flatten();
+        entries.filter(|entry| entry.path().extension().is_some_and(|extension| extension == "replica")).count()
+    }
+
+    fn daemon_command(&self, run_dir: &str, state_dir: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_carrickd"));
+        command.arg("--run-dir").arg(self.path(run_dir)).arg("--state-dir").arg(self.path(state_dir));
+        command.arg("--bin-dir").arg(self.path("bin")).args(["--allow-non-root", "--log", "debug"]).stdin(Stdio::null());
+        command
+    }
+
+    /// Starts carrickd and waits until it answers.
+    pub fn start(&mut self) {
+        let log = fs::OpenOptions::new().append(true).create(true).open(self.path("carrickd.log")).unwrap();
+        self.daemon = Some(self.daemon_command("run", "state").stderr(log).spawn().unwrap());
+        self.wait_for("carrickd", |node| (node.carrick(&["status"]).code == 0).then_some(()));
+    }
+
+    /// A second carrickd, which must not start.
+    pub fn start_another(&self, run_dir: &str, state_dir: &str) -> Answer {
+        self.daemon_command(run_dir, state_dir).output().unwrap().into()
+    }
+
+    pub fn daemon_pid(&self) -> u32 {
+        self.daemon.as_ref().unwrap().id()
+    }
+
+    /// kill -9.
+    pub fn kill_daemon(&mut self) {
+        let mut daemon = self.daemon.take().unwrap();
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+    }
+
+    /// SIGTERM.
+    pub fn stop_daemon(&mut self) {
+        signal(self.daemon_pid(), rustix::process::Signal::TERM);
+        self.wait_daemon();
+    }
+
+    /// Waits until it has ended well.
+    pub fn wait_daemon(&mut self) {
+        let pid = self.daemon_pid();
+        self.wait_for("carrickd's end", |_| (!alive(pid)).then_some(()));
+        let status = self.daemon.take().unwrap().wait().unwrap();
+        assert!(status.success(), "{status}");
+    }
+
+    fn carrick_command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_carrick"));
+        command.arg("--run-dir").arg(self.path("run")).arg("--json").args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    pub fn carrick(&self, arguments: &[&str]) -> Answer {
+        self.carrick_command(arguments).output().unwrap().into()
+    }
+
+    /// Without waiting for its end.
+    pub fn carrick_begin(&self, arguments: &[&str]) -> Child {
+        self.carrick_command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// Process ids of the running processes of a kind (`replica`, `target`), in the order of their ids.
+    pub fn pids(&self, kind: &str) -> Vec<u32> {
+        let status = self.carrick(&["status"]).ok();
+        let processes = status["processes"].as_array().unwrap().clone();
+        let running = processes.iter().filter(|process| process["kind"] == kind && process["state"] == "running");
+        running.map(|process| u32::try_from(process["pid"].as_u64().unwrap()).unwrap()).collect()
+    }
+
+    /// Waits until something is there.
+    #[track_caller]
+    pub fn wait_for<T>(&self, what: &str, mut condition: impl FnMut(&Self) -> Option<T>) -> T {
+        let started = Instant::now();
+        loop {
+            if let Some(found) = condition(self) {
+                return found;
+            }
+            if started.elapsed() > PATIENCE {
+                let log = fs::read_to_string(self.path("carrickd.log")).unwrap_or_default();
+                panic!("waited in vain for {what}; carrickd's log:\n{log}");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(daemon) = &mut self.daemon {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+        // The stand-ins end when their folder goes, even those that hang.
+    }
+}
+
+/// Is there such a process, and is it no zombie?
+pub fn alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next()).is_some_and(|state| state != "Z")
+}
+
+pub fn signal(pid: u32, signal: rustix::process::Signal) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
+}
+
+/// The example `stand_in`: Cargo builds it with all tests, beside the programs.
+fn stand_in() -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_carrickd")).with_file_name("examples").join("stand_in");
+    assert!(path.exists(), "{} is not there: run cargo build --release -p carrick-ctl --examples first", path.display());
+    path
+}
