@@ -359,9 +359,11 @@ impl Connections {
     /// # Errors
     /// The ring's.
     pub fn finish(&mut self, reactor: &mut Reactor, key: ConnectionKey) -> io::Result<()> {
-        let Some(connection) = self.open(key) else { return self.close(reactor, key) };
-        if connection.send_error.is_some() {
-            return self.close(reactor, key);
+        let Some(connection) = self.get_mut(key) else { return Ok(()) };
+        match connection.phase {
+            Phase::Finishing | Phase::Closing => return Ok(()),
+            Phase::Open if connection.send_error.is_none() => {}
+            Phase::Open | Phase::Connecting => return self.close(reactor, key),
         }
         connection.phase = Phase::Finishing;
         if !connection.receiving {
@@ -560,3 +562,6 @@ fn push(reactor: &mut Reactor, entry: squeue::Entry, token: u64) -> io::Result<(
     // only when nothing is in flight; `Drop for Connections` leaks those that are. Timespecs are static.
     unsafe { reactor.push(&entry) }
 }
+
+#[cfg(test)]
+mod tests;

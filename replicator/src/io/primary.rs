@@ -323,3 +323,16 @@ pub(super) fn give_back_heap() {
         libc::malloc_trim(0);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_that_cannot_be_made_is_explained_with_what_to_do() {
+        let text = |code| PrimaryError::Ring(io::Error::from_raw_os_error(code)).to_string();
+        assert!(text(libc::EPERM).contains("sysctl kernel.io_uring_disabled=0"));
+        assert!(text(libc::ENOSYS).contains("CONFIG_IO_URING"));
+        assert!(text(libc::EINVAL).contains("6.1"));
+    }
+}

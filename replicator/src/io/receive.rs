@@ -5,7 +5,7 @@
 //! * A frame is handed out whole or not at all, in the order of its bytes; after a [`WireError`] nothing more is handed out,
 //!   because where the next frame would begin is unknown.
 
-use carrick_backing_store::{Buffer, BufferPool};
+use carrick_backing_store::BufferPool;
 
 use crate::wire::{DATA_LENGTH_MAX, Frame, HEADER_LENGTH, Header, MESSAGE_LENGTH_MAX, WireError};
 
@@ -18,7 +18,6 @@ const WHOLE_MIN: usize = 64 << 10;
 /// The largest buffer: the largest frame with one checksum of four bytes per block.
 const LARGEST: usize = HEADER_LENGTH + DATA_LENGTH_MAX as usize / 4096 * 4 + DATA_LENGTH_MAX as usize;
 
-const _: () = assert!(LARGEST <= 2 << 20, "a pool gives at most 2 MiB");
 const _: () = assert!(HEADER_LENGTH + MESSAGE_LENGTH_MAX as usize <= LARGEST);
 
 /// Where the next bytes go.
@@ -32,7 +31,8 @@ pub(super) struct Space {
 /// The received bytes of one connection.
 pub(super) struct Inbox {
     pool: BufferPool,
-    buffer: Buffer,
+    /// Not from the pool: its memory becomes resident as bytes arrive, and not with what a header merely claims.
+    buffer: Box<[u8]>,
     /// `buffer[start..end]` is received and not handed out.
     start: usize,
     end: usize,
@@ -47,8 +47,7 @@ pub(super) struct Inbox {
 
 impl Inbox {
     pub(super) fn new(pool: BufferPool) -> Self {
-        let buffer = pool.take(START);
-        Self { pool, buffer, start: 0, end: 0, header: None, burst: START, given: 0, broken: false }
+        Self { pool, buffer: zeroed(START), start: 0, end: 0, header: None, burst: START, given: 0, broken: false }
     }
 
     /// The next frame, if it is here as a whole. Data is copied once, into a buffer of the pool that begins at its first block.
@@ -90,7 +89,7 @@ impl Inbox {
         let needed = self.header.map_or(HEADER_LENGTH, |header| HEADER_LENGTH + header.body_length());
         let capacity = needed.max(self.burst);
         if self.buffer.len() < capacity {
-            let mut larger = self.pool.take(capacity);
+            let mut larger = zeroed(capacity);
             larger[..held].copy_from_slice(&self.buffer[self.start..self.end]);
             self.buffer = larger;
             (self.start, self.end) = (0, held);
@@ -134,10 +133,14 @@ impl Inbox {
     /// Back to the size of a quiet connection. Call it when no receive is in flight.
     pub(super) fn shrink(&mut self) {
         if self.is_large() {
-            self.buffer = self.pool.take(START);
+            self.buffer = zeroed(START);
             self.burst = START;
         }
     }
+}
+
+fn zeroed(length: usize) -> Box<[u8]> {
+    vec![0; length].into_boxed_slice()
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use std::io;
 use std::mem;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use carrick_backing_store::{BufferPool, Completion, Operation, ReplicaStore, StoreError, StoreId, Term, Token, VolumeId};
@@ -21,6 +21,7 @@ use io_uring::types::{Fd, Timespec};
 
 use super::connection::{ConnectionKey, Connections, Event};
 use super::control_socket::{Command, Reply};
+use super::listeners::ReplicaListeners;
 use super::mailbox::Mailbox;
 use super::primary::{give_back_heap, ring_unavailable};
 use super::reactor::{Completed, Reactor, Source};
@@ -89,49 +90,6 @@ pub enum ServerError {
     },
 }
 
-/// The sockets that primaries connect to. The Unix socket's file goes away with this.
-#[derive(Debug)]
-pub struct ReplicaListeners {
-    path: PathBuf,
-    sockets: Vec<OwnedFd>,
-    tcp: Option<SocketAddr>,
-}
-
-impl ReplicaListeners {
-    /// Listens on a Unix socket and, if wanted, a TCP address. **The caller holds the store's lock**, which proves that a
-    /// socket found at `path` belongs to a dead process. A TCP address that other hosts can reach is refused unless `insecure`
-    /// is set.
-    ///
-    /// # Errors
-    /// [`ServerError::Listen`], [`ServerError::Insecure`].
-    pub fn bind(path: &Path, tcp: Option<SocketAddr>, insecure: bool) -> Result<Self, ServerError> {
-        if let Some(address) = tcp.filter(|address| !insecure && !address.ip().is_loopback()) {
-            return Err(ServerError::Insecure(address));
-        }
-        let failed = |endpoint| move |source| ServerError::Listen { endpoint, source };
-        let unix = socket::listen_unix(path).map_err(failed(Endpoint::Unix(path.into())))?;
-        let mut listeners = Self { path: path.into(), sockets: vec![unix], tcp: None };
-        if let Some(address) = tcp {
-            let (socket, bound) = socket::listen_tcp(address).map_err(failed(Endpoint::Tcp(address)))?;
-            listeners.sockets.push(socket);
-            listeners.tcp = Some(bound);
-        }
-        Ok(listeners)
-    }
-
-    /// Where they listen: the Unix socket, then the TCP address with its real port.
-    #[must_use]
-    pub fn endpoints(&self) -> Vec<Endpoint> {
-        [Some(Endpoint::Unix(self.path.clone())), self.tcp.map(Endpoint::Tcp)].into_iter().flatten().collect()
-    }
-}
-
-impl Drop for ReplicaListeners {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
 /// What the driver knows of a peer.
 #[derive(Debug, Default)]
 struct Peer {
@@ -173,6 +131,8 @@ pub struct Server<S: ReplicaStore> {
     busy_at: Option<Instant>,
     refusal_logged: Option<Instant>,
     failure_logged: Option<Instant>,
+    garbage_logged: Option<Instant>,
+    cut_off_logged: Option<Instant>,
     /// Who asked for the end.
     stopping: Option<Vec<Reply<ReplicaAnswer>>>,
 }
@@ -213,6 +173,8 @@ impl<S: ReplicaStore> Server<S> {
             busy_at: None,
             refusal_logged: None,
             failure_logged: None,
+            garbage_logged: None,
+            cut_off_logged: None,
             stopping: None,
         })
     }
@@ -225,7 +187,7 @@ impl<S: ReplicaStore> Server<S> {
     pub fn run(mut self) -> Result<(S, Vec<Reply<ReplicaAnswer>>), ServerError> {
         self.mailbox.arm(&mut self.reactor, MAILBOX)?;
         self.arm_store()?;
-        for index in 0..self.listeners.sockets.len() {
+        for index in 0..self.listeners.count() {
             self.arm_accept(index)?;
         }
         let mut completed = Vec::new();
@@ -303,7 +265,7 @@ impl<S: ReplicaStore> Server<S> {
     }
 
     fn arm_accept(&mut self, index: usize) -> io::Result<()> {
-        let Some(listener) = self.listeners.sockets.get(index) else { return Ok(()) };
+        let Some(listener) = self.listeners.get(index) else { return Ok(()) };
         let entry = opcode::AcceptMulti::new(Fd(listener.as_raw_fd())).flags(libc::SOCK_CLOEXEC);
         // SAFETY: an accept without addresses points to no memory.
         unsafe { self.reactor.push(&entry.build().user_data(Source::FrontEnd.user_data(index as u64))) }
@@ -356,9 +318,7 @@ impl<S: ReplicaStore> Server<S> {
             Event::Sent => peer.reads = true,
             Event::Connected => {}
             Event::TimerExpired if !peer.greeted => return self.cut_off(key, "it said nothing"),
-            Event::TimerExpired if peer.stalled && !mem::take(&mut peer.reads) => return self.cut_off(key, "it doesn't read"),
-            Event::TimerExpired if peer.stalled => self.connections.set_timer(&mut self.reactor, key, &STALL_LIMIT)?,
-            Event::TimerExpired => {}
+            Event::TimerExpired => return self.on_stalled(key),
             Event::Ended(reason) => {
                 tracing::debug!(store = %self.store_id, connection = key.get(), %reason, "disconnected");
                 self.forget(key);
@@ -367,8 +327,25 @@ impl<S: ReplicaStore> Server<S> {
         Ok(())
     }
 
+    /// The time for reading something has run out.
+    fn on_stalled(&mut self, key: ConnectionKey) -> io::Result<()> {
+        let has_much_to_read = self.connections.queued_bytes(key) > OUTGOING_MAX;
+        let Some(peer) = self.peers.get_mut(&key) else { return Ok(()) };
+        if !has_much_to_read {
+            // It has read; what it is paused for now is the store.
+            peer.stalled = false;
+        } else if mem::take(&mut peer.reads) {
+            self.connections.set_timer(&mut self.reactor, key, &STALL_LIMIT)?;
+        } else {
+            self.cut_off(key, "it doesn't read")?;
+        }
+        Ok(())
+    }
+
     fn cut_off(&mut self, key: ConnectionKey, reason: &str) -> io::Result<()> {
-        tracing::warn!(store = %self.store_id, connection = key.get(), reason, "connection closed");
+        if may_log(&mut self.cut_off_logged) {
+            tracing::warn!(store = %self.store_id, connection = key.get(), reason, "connection closed");
+        }
         self.connections.close(&mut self.reactor, key)?;
         self.forget(key);
         Ok(())
@@ -407,7 +384,9 @@ impl<S: ReplicaStore> Server<S> {
                 }
                 Ok(None) => return self.connections.receive(&mut self.reactor, key),
                 Err(error) => {
-                    tracing::warn!(store = %self.store_id, connection = key.get(), %error, "not a frame");
+                    if may_log(&mut self.garbage_logged) {
+                        tracing::warn!(store = %self.store_id, connection = key.get(), %error, "not a frame");
+                    }
                     self.service.on_wire_error(ConnectionId(key.get()), error);
                     self.act()?;
                     self.drop_peer(key);
@@ -517,6 +496,7 @@ impl<S: ReplicaStore> Server<S> {
     /// Ends every connection, waits for the store, and syncs every replica.
     fn stop(&mut self, completed: &mut Vec<Completed>) -> Result<(), ServerError> {
         tracing::info!(store = %self.store_id, connections = self.peers.len(), "stopping");
+        self.listeners.shut_down();
         for key in self.peers.keys().copied().collect::<Vec<_>>() {
             self.connections.close(&mut self.reactor, key)?;
             self.forget(key);

@@ -7,7 +7,8 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::Mode;
 use rustix::net::addr::SocketAddrArg;
@@ -21,6 +22,9 @@ const BACKLOG: i32 = 128;
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_COUNT: u32 = 3;
+/// The kernel takes the ring of a killed process apart after the process is gone, and the port is taken until then.
+const PREDECESSOR_LIMIT: Duration = Duration::from_secs(5);
+const PREDECESSOR_STEP: Duration = Duration::from_millis(20);
 /// Sent data that a peer's host doesn't take for so long ends the connection, too.
 const USER_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -59,11 +63,22 @@ pub fn listen_unix(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// A listening TCP socket, and its address with the real port.
+/// A listening TCP socket, and its address with the real port. Waits a little for an address that is in use: the caller holds
+/// a lock, so it is most likely that of its own predecessor.
 ///
 /// # Errors
 /// What the kernel says.
 pub(super) fn listen_tcp(address: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
+    let until = Instant::now() + PREDECESSOR_LIMIT;
+    loop {
+        match try_listen_tcp(address) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < until => thread::sleep(PREDECESSOR_STEP),
+            listening => return listening,
+        }
+    }
+}
+
+fn try_listen_tcp(address: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
     let socket = stream(family(address))?;
     // Connections of a predecessor that are still being closed must not keep this process from starting.
     sockopt::set_socket_reuseaddr(&socket, true)?;

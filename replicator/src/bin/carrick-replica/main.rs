@@ -62,10 +62,19 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nobody to tell if even that fails.
-            let _ = writeln!(io::stderr(), "carrick-replica: {error:#}");
+            let _ = writeln!(io::stderr(), "carrick-replica: {}", sentence(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error and its causes, but for those that the one before has told already.
+fn sentence(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match &*told {
+        "" => cause,
+        _ if told.contains(&cause) => told,
+        _ => format!("{told}: {cause}"),
+    })
 }
 
 fn format(path: &std::path::Path) -> anyhow::Result<()> {

@@ -1,0 +1,131 @@
+//! How the process begins and ends, well or badly, and what it says then.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::Path;
+
+use carrick_backing_store::VolumeId;
+use carrick_replicator::control::{ReplicaAnswer, ReplicaRequest};
+use carrick_replicator::io::{LoadLimit, LoadPattern, LoadSpec};
+use rustix::process::Signal;
+
+use crate::support::{Replica, load, load_spec, run, run_load, size, volume_on};
+
+/// Runs the program, which must fail with this code and one sentence that has all of these in it.
+fn fails(arguments: &[&dyn AsRef<OsStr>], code: i32, words: &[&str]) {
+    let arguments: Vec<&OsStr> = arguments.iter().map(|argument| argument.as_ref()).collect();
+    let output = run(&arguments);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}");
+    assert!(output.stdout.is_empty());
+    for word in words {
+        assert!(text.contains(word), "{arguments:?} should say {word:?}: {text}");
+    }
+    if code == 1 {
+        let sentences = text.lines().filter(|line| line.starts_with("carrick-replica: ")).count();
+        assert_eq!(sentences, 1, "{text}");
+    }
+}
+
+fn show(path: &Path) -> serde_json::Value {
+    let output = run(&["show".as_ref(), path.as_os_str()]);
+    assert!(output.status.success(), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn folders_that_cannot_be_served_are_refused_in_a_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let (place, run_dir) = (folder.path().join("place"), folder.path().join("run"));
+    let serve: [&dyn AsRef<OsStr>; 4] = [&"serve", &place, &"--run-dir", &run_dir];
+    let name = place.to_str().unwrap();
+    fails(&serve, 1, &[name, "not a Carrick store"]);
+    fails(&[&"show", &place], 1, &[name, "not a Carrick store"]);
+
+    fs::create_dir(&place).unwrap();
+    fs::write(place.join("thesis.txt"), "precious").unwrap();
+    fails(&serve, 1, &[name, "not a Carrick store"]);
+    fails(&[&"format", &place], 1, &[name, "thesis.txt"]);
+    fs::remove_file(place.join("thesis.txt")).unwrap();
+
+    assert!(run(&["format".as_ref(), place.as_os_str()]).status.success());
+    fails(&[&"format", &place], 1, &[name, "already"]);
+    fs::write(place.join("carrick-store"), vec![0xa5; 8192]).unwrap();
+    fails(&serve, 1, &[name, "carrick-store"]);
+    fails(&[&"show", &place], 1, &[name]);
+    assert!(!run_dir.exists(), "nothing was made for stores that can't be served");
+}
+
+#[test]
+fn wrong_command_lines_and_dangerous_addresses_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (place, run_dir) = (folder.path().join("store"), folder.path().join("run"));
+    assert!(run(&["format".as_ref(), place.as_os_str()]).status.success());
+    fails(&[], 2, &["Usage"]);
+    fails(&[&"serve"], 2, &["PATH"]);
+    fails(&[&"serve", &place, &"--listen", &"localhost:1"], 2, &["--listen"]);
+    fails(&[&"serve", &place, &"--insecure"], 2, &["--listen"]);
+    fails(&[&"serve", &place, &"--run-dir", &run_dir, &"--listen", &"0.0.0.0:0"], 1, &["0.0.0.0", "--insecure"]);
+    let long = folder.path().join("x".repeat(100));
+    fails(&[&"serve", &place, &"--run-dir", &long], 1, &["too long"]);
+}
+
+#[test]
+fn a_store_is_served_once_and_can_be_looked_at_meanwhile() {
+    let mut replica = Replica::start();
+    let volume = VolumeId::random();
+    replica.create(volume, size(4));
+    let other_run = tempfile::tempdir().unwrap();
+    fails(&[&"serve", &replica.path(), &"--run-dir", &other_run.path()], 1, &["in use"]);
+    replica.status();
+    let seen = show(&replica.path());
+    assert_eq!(seen["store"], replica.store.to_string());
+    assert_eq!(seen["replicas"][0]["volume"], volume.to_string());
+    assert_eq!(seen["replicas"][0]["size"], 4 << 20);
+    assert_eq!(seen["replicas"][0]["clean"], false);
+
+    replica.signal(Signal::TERM);
+    assert!(replica.ended_well());
+    assert_eq!(show(&replica.path())["replicas"][0]["clean"], true);
+}
+
+#[test]
+fn both_signals_and_the_control_socket_end_it_cleanly_and_remove_the_sockets() {
+    let mut replica = Replica::start();
+    let sockets = replica.run().root().join("replica");
+    let left = || fs::read_dir(&sockets).unwrap().count();
+    // A port that is still taken by the predecessor's ring would show in some of the rounds.
+    for signal in [Signal::TERM, Signal::INT].into_iter().cycle().take(20) {
+        assert_eq!(left(), 2);
+        replica.signal(signal);
+        assert!(replica.ended_well());
+        assert_eq!(left(), 0);
+        replica.restart();
+    }
+    assert_eq!(replica.ask(&ReplicaRequest::Shutdown), ReplicaAnswer::Done);
+    assert!(replica.ended_well());
+    assert_eq!(left(), 0);
+}
+
+#[test]
+fn a_killed_process_leaves_data_and_sockets_that_its_successor_takes_over() {
+    let mut replicas = [Replica::start()];
+    let size = size(16);
+    let volume = volume_on(&replicas, size);
+    let spec = LoadSpec { limit: LoadLimit::Requests(20_000), write_percent: 90, ..load_spec(size) };
+    let (written, report) = run_load(load(spec), volume, size, vec![replicas[0].unix()]).unwrap();
+    assert_eq!((report.errors, report.mismatches), (0, 0), "{:?}", report.first_failure);
+    let position = replicas[0].status().replicas[0].position;
+
+    for _ in 0..5 {
+        replicas[0].kill();
+        replicas[0].restart();
+    }
+    replicas[0].kill();
+    assert!(replicas[0].run().replica_socket(replicas[0].store).exists());
+    replicas[0].restart();
+    assert_eq!(replicas[0].status().replicas[0].position, position, "a kill loses nothing that was acknowledged");
+    let check = LoadSpec { write_percent: 0, pattern: LoadPattern::Sequential, limit: LoadLimit::Requests(4096), ..spec };
+    let (_, report) = run_load(written.again(check), volume, size, vec![replicas[0].tcp()]).unwrap();
+    assert_eq!((report.errors, report.mismatches, report.reads.count), (0, 0, 4096), "{:?}", report.first_failure);
+}
