@@ -46,7 +46,7 @@ prepare_run() {
   # Not in /tmp, which may be memory and which the machine covers with its own.
   run_dir=$(mktemp -d /var/tmp/carrick-kernel.XXXXXXXX)
   trap clean_up EXIT
-  # A trap runs only when bash has the processor: all waiting below is done in `wait`.
+  # Bash runs these between two commands, and at once while in `wait`: there we wait.
   trap 'exit 129' HUP
   trap 'exit 130' INT
   trap 'exit 143' TERM
@@ -79,7 +79,7 @@ guest_settings() {
   for name in kernel timeout results; do
     printf '%s=%q\n' "$name" "${!name}"
   done
-  printf 'directory=%q\n' "$PWD"
+  printf 'directory=%q udev=%q\n' "$PWD" "${CARRICK_UDEV-}"
   # Folders that the machine must not hide.
   local visible=("$PWD" "$results" "$(cd "$here/../.." && pwd -P)")
   [[ ! -d ${CARGO_TARGET_DIR-} ]] || visible+=("$(cd "$CARGO_TARGET_DIR" && pwd)")
@@ -166,9 +166,8 @@ wait_for_verdict() {
   esac
   # Whatever the machine has left to do after its verdict does not concern us, as
   # the results and the outputs were written out before it.
-  [[ $ended == "$reader" ]] || finish_reader "$reader"
   stop_machine
-  finish_relays
+  finish_pipes "$reader"
 
   local verdict
   read -r verdict <"$run_dir/verdict" || true
@@ -192,15 +191,12 @@ wait_for_verdict() {
   esac
 }
 
-# A pipe's reader still waits in open() if the machine died before its own open().
-finish_reader() {
-  : <>"$run_dir/control"
-  wait "$1" || true
-}
-finish_relays() {
-  [[ ${out_relay-} ]] || return 0
-  : <>"$run_dir/out" <>"$run_dir/err"
-  wait "$out_relay" "$err_relay" || true
+# finish_pipes READER: waits until all that the machine wrote was read.
+finish_pipes() {
+  # A pipe's reader still waits in open() if the machine died before its own open().
+  : <>"$run_dir/control" <>"$run_dir/out" <>"$run_dir/err"
+  # shellcheck disable=SC2086 # where there are none
+  wait "$1" ${out_relay-} ${err_relay-} || true
 }
 
 show_console() {

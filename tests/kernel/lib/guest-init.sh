@@ -6,7 +6,7 @@ set -euo pipefail
 
 # $CARRICK_RUN comes from the kernel's command line.
 run_dir=$CARRICK_RUN
-# shellcheck disable=SC1091 # it sets: kernel timeout results directory visible out err control modules scratch
+# shellcheck disable=SC1091 # it sets: kernel timeout results directory udev visible out err control modules scratch
 . "$run_dir/settings"
 
 report() { # the last thing that the host hears of us
@@ -73,25 +73,20 @@ echo 100 >/proc/sys/vm/dirty_expire_centisecs
 unset CARRICK_RUN
 mapfile -d '' -t environment <"$run_dir/environment"
 mapfile -d '' -t command <"$run_dir/command"
-for variable in "${environment[@]}"; do
-  export "${variable?}"
-done
-export CARRICK_GUEST=$kernel CARRICK_RESULTS=$results
-[[ ! $scratch ]] || export CARRICK_SCRATCH_DISK=$scratch
 
-if [[ ${CARRICK_UDEV-} == 1 ]]; then
+if [[ $udev == 1 ]]; then
   /lib/systemd/systemd-udevd --daemon
   udevadm trigger --action=add
   udevadm settle
 fi
 
 # The command writes to pipes, as in any pipeline, not to terminals or to devices
-# that only one process may open.
-mkdir -p /run/carrick
-mkfifo /run/carrick/{out,err}
+# that only one process may open. (/run/carrick is for Carrick itself.)
+mkdir -p /run/carrick-guest
+mkfifo /run/carrick-guest/{out,err}
 {
-  cat /run/carrick/out >"$out" &
-  cat /run/carrick/err >"$err" &
+  cat /run/carrick-guest/out >"$out" &
+  cat /run/carrick-guest/err >"$err" &
   wait
 } &
 relays=$!
@@ -103,8 +98,13 @@ mkdir "$group"
   trap - ERR
   echo "$BASHPID" >"$group/cgroup.procs"
   cd "$directory"
-  exec setsid -- "${command[@]}"
-) </dev/null >/run/carrick/out 2>/run/carrick/err &
+  for variable in "${environment[@]}"; do
+    export "${variable?}"
+  done
+  export CARRICK_GUEST=$kernel CARRICK_RESULTS=$results
+  [[ ! $scratch ]] || export CARRICK_SCRATCH_DISK=$scratch
+  exec /usr/bin/setsid -- "${command[@]}" # the PATH is the command's from here on
+) </dev/null >/run/carrick-guest/out 2>/run/carrick-guest/err &
 command_pid=$!
 sleep "$timeout" &
 alarm=$!
@@ -121,8 +121,8 @@ else
 fi
 
 # The outputs end when the last process that holds them does. A process that hangs
-# in the kernel keeps them open, however: then all else has long passed within:
-drain_limit=3 # seconds
+# in the kernel keeps them open, however: then all else should have passed within:
+drain_limit=10 # seconds; more than a reader of our outputs makes us wait
 echo 1 >"$group/cgroup.kill"
 sleep "$drain_limit" &
 wait -n "$relays" "$!" || true

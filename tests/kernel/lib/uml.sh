@@ -27,14 +27,14 @@ uml_unpacked() {
   local sum unpacked
   sum=$(sha256sum <"$1")
   unpacked=$(cache_dir)/linux-uml-${sum:0:16}
-  [[ -f $unpacked ]] || with_lock linux-uml uml_unpack "$1" "$unpacked"
+  [[ -f $unpacked ]] || with_lock linux-uml uml_unpack "$1" "$unpacked" || return 1
   echo "$unpacked"
 }
 uml_unpack() {
   [[ ! -f $2 ]] || return 0 # another run was faster
-  xz -dc "$1" >"$2.new"
-  chmod +x "$2.new"
-  mv "$2.new" "$2"
+  xz -dc "$1" >"$2.new" &&
+    chmod +x "$2.new" &&
+    mv "$2.new" "$2"
 }
 
 uml_start() {
@@ -46,10 +46,12 @@ uml_start() {
   } >"$run_dir/settings"
   cp "$here/lib/guest-init.sh" "$run_dir/init"
 
-  # The machine's memory is a file, which is slow on a disk.
+  # The machine's memory is a file, which is slow on a disk, and holds programs.
   local memory_dir=$run_dir free
   free=$(df --output=avail -B1 /dev/shm 2>/dev/null | tail -n 1) || free=0
-  ((free <= $(numfmt --from=iec "$memory"))) || memory_dir=/dev/shm
+  if ((free > $(numfmt --from=iec "$memory"))) && ! findmnt -no OPTIONS /dev/shm | grep -qw noexec; then
+    memory_dir=/dev/shm
+  fi
 
   start_relays
   # ulimit: a panic aborts the process, whose core would be as large as its memory.
