@@ -353,6 +353,7 @@ impl Load {
     fn check(&mut self, unit: u64, bytes: &ReadBytes) {
         let Some(version) = self.versions.get(index(unit)).copied() else { return };
         let is_right = match (version, bytes) {
+            (_, ReadBytes::Bytes(bytes)) if bytes.len() as u64 != self.spec.unit.get() => false,
             (UNKNOWN, _) => true,
             (0, _) if self.spec.verify == Verification::OwnWrites => true,
             (0, ReadBytes::Zeroes) => true,
@@ -462,5 +463,84 @@ impl XorShift {
     /// Below `bound`, which is far below 2^64, so that no value is noticeably more likely.
     fn below(&mut self, bound: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> LoadSpec {
+        LoadSpec {
+            region: Extent::new(ByteOffset::new(8192), ByteLength::new(64 * 4096)).unwrap(),
+            unit: ByteLength::new(4096),
+            depth: 16,
+            write_percent: 50,
+            pattern: LoadPattern::Random,
+            limit: LoadLimit::Requests(1000),
+            verify: Verification::FromZeroes,
+            seed: 7,
+        }
+    }
+
+    fn read(load: &mut Load, unit: u64, bytes: &[u8]) -> u64 {
+        let mut buffer = load.pool.take(bytes.len());
+        buffer.copy_from_slice(bytes);
+        load.check(unit, &ReadBytes::Bytes(buffer.share()));
+        std::mem::take(&mut load.mismatches)
+    }
+
+    #[test]
+    fn wrong_bytes_are_noticed_whatever_they_are() {
+        let mut load = Load::new(spec(), BufferPool::new(0)).unwrap();
+        assert_eq!(read(&mut load, 3, &[0; 4096]), 0, "never written");
+        let mut bytes = vec![0; 4096];
+        bytes[4095] = 1;
+        assert_eq!(read(&mut load, 3, &bytes), 1);
+
+        load.versions[3] = 2;
+        content(7, 3, 2, &mut bytes);
+        assert_eq!(read(&mut load, 3, &bytes), 0);
+        bytes[4000] ^= 1;
+        assert_eq!(read(&mut load, 3, &bytes), 1, "a flipped bit");
+        content(7, 3, 1, &mut bytes);
+        assert_eq!(read(&mut load, 3, &bytes), 1, "the write before");
+        content(7, 4, 2, &mut bytes);
+        assert_eq!(read(&mut load, 3, &bytes), 1, "another unit's write");
+        load.check(3, &ReadBytes::Zeroes);
+        assert_eq!(load.mismatches, 1);
+        assert!(load.report().first_failure.unwrap().contains("unit 3 of version 0"), "the first is told");
+        content(7, 3, 2, &mut bytes);
+        load.mismatches = 0;
+        assert_eq!(read(&mut load, 3, &bytes[..2048]), 1, "too few bytes");
+    }
+
+    #[test]
+    fn requests_stay_in_the_region_and_never_meet_while_it_verifies() {
+        let mut load = Load::new(spec(), BufferPool::new(0)).unwrap();
+        let mut requests = Vec::new();
+        load.fill(&mut requests);
+        assert_eq!(requests.len(), 16);
+        let extents: Vec<_> = requests
+            .iter()
+            .map(|(_, request)| match request {
+                Request::Read { extent } | Request::Write { extent, .. } => *extent,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        for (index, extent) in extents.iter().enumerate() {
+            assert!(load.spec.region.contains(*extent));
+            assert!(extents[..index].iter().all(|other| !other.overlaps(*extent)));
+        }
+    }
+
+    #[test]
+    fn loads_that_cannot_be_are_refused() {
+        let refused = |spec| Load::new(spec, BufferPool::new(0)).err();
+        assert!(matches!(refused(LoadSpec { unit: ByteLength::new(100), ..spec() }), Some(LoadSpecError::Unit(_))));
+        assert!(matches!(refused(LoadSpec { depth: 0, ..spec() }), Some(LoadSpecError::Depth(0))));
+        assert!(matches!(refused(LoadSpec { write_percent: 101, ..spec() }), Some(LoadSpecError::WritePercent(101))));
+        assert!(matches!(refused(LoadSpec { depth: 65, ..spec() }), Some(LoadSpecError::Region { units: 64, needed: 65, .. })));
+        assert!(refused(LoadSpec { depth: 65, verify: Verification::Off, ..spec() }).is_none());
     }
 }

@@ -14,6 +14,7 @@ use carrick_replicator::io::{
 };
 use io_uring::opcode;
 use io_uring::types::Timespec;
+use rustix::process::Signal;
 
 use crate::support::{Replica, engine_config, load, load_spec, run_load, size, volume_on};
 
@@ -78,13 +79,13 @@ fn is_right(report: &LoadReport) {
 }
 
 #[test]
-fn a_volume_reads_as_written_while_replicas_are_killed_and_come_back() {
+fn a_volume_reads_as_written_while_replicas_are_killed_or_hang_and_come_back() {
     let mut replicas: Vec<_> = (0..3).map(|_| Replica::start()).collect();
     let size = size(64);
     let volume = volume_on(&replicas, size);
     // Two over TCP, one over its Unix socket.
     let endpoints = vec![replicas[0].tcp(), replicas[1].tcp(), replicas[2].unix()];
-    let spec = LoadSpec { write_percent: 70, limit: LoadLimit::Time(Duration::from_secs(6)), ..load_spec(size) };
+    let spec = LoadSpec { write_percent: 70, limit: LoadLimit::Time(Duration::from_secs(8)), ..load_spec(size) };
     let all = endpoints.clone();
     let loading = thread::spawn(move || run_load(load(spec), volume, size, all));
     for victim in [0, 2] {
@@ -93,6 +94,11 @@ fn a_volume_reads_as_written_while_replicas_are_killed_and_come_back() {
         thread::sleep(Duration::from_millis(700));
         replicas[victim].restart();
     }
+    // One that hangs and goes on later: long enough to be left behind (I7).
+    thread::sleep(Duration::from_millis(300));
+    replicas[1].signal(Signal::STOP);
+    thread::sleep(Duration::from_millis(2200));
+    replicas[1].signal(Signal::CONT);
     let (mut written, report) = loading.join().unwrap().unwrap();
     is_right(&report);
     assert!(report.writes.count > 1000 && report.reads.count > 1000, "{report:?}");
