@@ -128,6 +128,22 @@ fn damage_to_one_slot_after_a_close_costs_the_clean_flag_at_most() {
 }
 
 #[test]
+fn damage_to_one_slot_brings_no_earlier_clean_flag_back() {
+    for slot in Layout::SLOTS_AT {
+        let (folder, _) = prepared(true);
+        let mut store = open(&folder);
+        run(&mut store, write(Some(4), 0, 1, 9)).unwrap();
+        store.abandon();
+        let mut bytes = folder.bytes(&VOLUME.to_string());
+        bytes[usize::try_from(slot).unwrap() + 40] ^= 1;
+        folder.put(&VOLUME.to_string(), bytes);
+        let store = open_boot(&folder, OTHER_BOOT);
+        let opened = store.replicas()[0];
+        assert_eq!((opened.position, opened.state.content), (Seq::new(3), Content::Mixed));
+    }
+}
+
+#[test]
 fn a_truncated_or_misplaced_file_is_refused_and_others_are_served() {
     let (folder, bytes) = prepared(true);
     let other = VolumeId::from_bytes([8; 16]);
