@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `no-ublk` | ends, saying that the machine can't |
 //! | `never-up` | stays electing |
+//! | `shy` | opens its control socket after two seconds only |
 //! | `slow-up` | stays electing for a second |
 //! | `busy` | refuses to detach, unless forced |
 //! | `deaf` | never answers a request to detach, unless a file `cured` is in the run directory |
@@ -188,8 +189,11 @@ fn target(config: &Path, run: &RunDirectory) -> Result<()> {
         Err(message.into())
     };
     let Some(_lock) = lock(&run.target_lock(config.volume)) else {
-        return fail(ControlErrorCode::Busy, "another carrick-target serves this volume");
+        return Err("another carrick-target serves this volume".into());
     };
+    if config.name.starts_with("shy") {
+        thread::sleep(Duration::from_secs(2));
+    }
     if config.name.starts_with("no-ublk") {
         return fail(ControlErrorCode::Unsupported, "this kernel has no ublk driver: load the module ublk_drv");
     }

@@ -201,6 +201,8 @@ pub fn signal(pid: u32, signal: rustix::process::Signal) {
 /// The example `stand_in`: Cargo builds it with all tests, beside the programs.
 fn stand_in() -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_carrickd")).with_file_name("examples").join("stand_in");
-    assert!(path.exists(), "{} is not there: run cargo build --release -p carrick-ctl --examples first", path.display());
+    let made = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/stand_in.rs");
+    assert!(made(&path) > made(&source), "{} is missing or old: run cargo build --release -p carrick-ctl --examples", path.display());
     path
 }

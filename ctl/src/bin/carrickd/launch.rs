@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use carrick_replicator::control::{ControlError, ControlErrorCode, ReplicaAddress, ReplicaRequest, RunDirectory, TargetConfig};
 use carrick_replicator::endpoint::Endpoint;
+use rustix::fs::FlockOperation;
 
 use crate::context::Context;
 use crate::control::{self, CallError};
@@ -71,9 +72,7 @@ pub async fn look_after(context: Arc<Context>, id: ProcessId, if_absent: IfAbsen
     };
     loop {
         let exit = watch(&context, id, &running).await;
-        // An earlier carrickd was killed just after it had started one, which had no control socket yet when it was
-        // looked for; the second one then found the volume in use.
-        if let Exit::Failed(ControlError { code: ControlErrorCode::Busy, .. }) = exit
+        if found_another(&context, id, &exit)
             && let Some(pidfd) = find_within(&context.control_socket(id), OTHER_LIMIT).await
         {
             tracing::info!(process = %id, pid = pidfd.pid(), "adopted another one that was faster");
@@ -81,6 +80,18 @@ pub async fn look_after(context: Arc<Context>, id: ProcessId, if_absent: IfAbsen
             continue;
         }
         return context.node.send(Event::Ended { process: id, exit }).await;
+    }
+}
+
+/// Whether a target ended because there is one already: an earlier carrickd was killed just after it had started that, and
+/// it had no control socket yet when it was looked for. (A carrick-replica in this place is found at the next restart.)
+fn found_another(context: &Context, id: ProcessId, exit: &Exit) -> bool {
+    match (id, exit) {
+        (ProcessId::Target(_), Exit::Failed(ControlError { code: ControlErrorCode::Busy, .. })) => true,
+        // Nobody else starts a target of this volume now, so taking the lock for a moment disturbs none.
+        (ProcessId::Target(volume), Exit::Failed(_)) => File::open(context.run.target_lock(volume))
+            .is_ok_and(|lock| rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) == Err(rustix::io::Errno::WOULDBLOCK)),
+        _ => false,
     }
 }
 

@@ -144,6 +144,11 @@ impl Process {
         matches!(self.state, ProcessState::Alive { answers: Answers::Yes, .. })
     }
 
+    /// Whether it should answer, and doesn't.
+    pub fn hangs(&self) -> bool {
+        matches!(self.state, ProcessState::Alive { answers: Answers::Hung, .. })
+    }
+
     /// Whether it is there, and a signal could reach it.
     pub fn pid(&self) -> Option<u32> {
         match self.state {

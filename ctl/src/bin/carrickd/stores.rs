@@ -21,6 +21,8 @@ const TOOL_LIMIT: Duration = Duration::from_secs(30);
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// For a store's process to end: it syncs, then is killed (see `launch::stop`).
 const STOP_LIMIT: Duration = Duration::from_secs(60);
+/// For stores that are just being started or adopted (carrickd itself may have started a moment ago).
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 /// Shortest beginning of a store's id that stands for it.
 const PREFIX_MIN: usize = 4;
 
@@ -81,8 +83,20 @@ pub async fn remove(context: &Context, text: &str) -> Result<(), Fault> {
     wait_gone(context, record.id).await
 }
 
+/// Waits until each store either answers or failed to.
+async fn settle(context: &Context) {
+    let state = context.state();
+    let settled = context.node.wait_until(|observed| {
+        let known = |id: &StoreId| observed.processes.get(&ProcessId::Replica(*id));
+        state.stores.keys().all(|id| known(id).is_some_and(|process| process.answers() || process.last_exit.is_some() || process.hangs()))
+    });
+    // Over the limit, the caller sees for himself.
+    let _ = tokio::time::timeout(SETTLE_LIMIT, settled).await;
+}
+
 /// Different stores for a new volume: the given ones, or those with the most free space.
 pub async fn choose(context: &Context, given: &[String], count: usize) -> Result<Vec<StoreId>, Fault> {
+    settle(context).await;
     let state = context.state();
     if !given.is_empty() {
         let mut chosen = Vec::new();

@@ -7,9 +7,9 @@ use carrick_replicator::control::{ReplicaProcessStatus, TargetStatus};
 use tokio::task::JoinSet;
 
 use crate::context::Context;
-use crate::control;
+use crate::control::{self, CallError};
 use crate::metadata::State;
-use crate::observed::{Answers, Observed, ProcessId, ProcessState};
+use crate::observed::{Answers, Observed, Process, ProcessId, ProcessState};
 
 /// An answer, or why there is none.
 pub type Answer<T> = Result<T, String>;
@@ -24,7 +24,8 @@ pub async fn replicas(context: &Context, state: &State) -> BTreeMap<StoreId, Ans
             Some(why) => drop(answers.insert(store, Err(why))),
             None => {
                 let socket = context.run.replica_control(store);
-                asking.spawn(async move { (store, control::replica_status(&socket).await.map_err(|error| error.to_string())) });
+                let starting = starting(&observed, ProcessId::Replica(store));
+                asking.spawn(async move { (store, control::replica_status(&socket).await.map_err(|error| explain(&error, starting))) });
             }
         }
     }
@@ -42,7 +43,8 @@ pub async fn targets(context: &Context, volumes: impl IntoIterator<Item = Volume
             Some(why) => drop(answers.insert(volume, Err(why))),
             None => {
                 let socket = context.run.target_control(volume);
-                asking.spawn(async move { (volume, control::target_status(&socket).await.map_err(|error| error.to_string())) });
+                let starting = starting(&observed, ProcessId::Target(volume));
+                asking.spawn(async move { (volume, control::target_status(&socket).await.map_err(|error| explain(&error, starting))) });
             }
         }
     }
@@ -53,11 +55,25 @@ pub async fn targets(context: &Context, volumes: impl IntoIterator<Item = Volume
 /// Why a process is not asked at all; `None` if it is. One that never answered yet is asked: it may by now.
 pub fn why_silent(observed: &Observed, id: ProcessId) -> Option<String> {
     let Some(process) = observed.processes.get(&id) else { return Some("is not started yet".into()) };
-    let last = process.last_exit.as_ref().map_or(String::new(), |exit| format!(" (before: {exit})"));
     match process.state {
         ProcessState::Alive { answers: Answers::Hung, pid, .. } => Some(format!("process {pid} runs but doesn't answer")),
         ProcessState::Alive { .. } | ProcessState::Stopping { .. } => None,
-        ProcessState::Unseen | ProcessState::Launching => Some(format!("is being started{last}")),
+        ProcessState::Unseen | ProcessState::Launching => Some(being_started(process)),
         ProcessState::Down { .. } => Some(process.last_exit.as_ref().map_or("is not running".into(), ToString::to_string)),
     }
+}
+
+/// What to say of a process that doesn't answer although it is there: if it never did, how the one before it ended.
+fn starting(observed: &Observed, id: ProcessId) -> Option<String> {
+    let process = observed.processes.get(&id)?;
+    matches!(process.state, ProcessState::Alive { answers: Answers::NotYet, .. }).then(|| being_started(process))
+}
+
+fn being_started(process: &Process) -> String {
+    let last = process.last_exit.as_ref().map_or(String::new(), |exit| format!(" (before: {exit})"));
+    format!("is being started{last}")
+}
+
+fn explain(error: &CallError, starting: Option<String>) -> String {
+    starting.unwrap_or_else(|| error.to_string())
 }

@@ -107,7 +107,6 @@ impl View<'_> {
                 ProcessId::Replica(store) => (v1::ProcessKind::Replica, store.to_string()),
                 ProcessId::Target(volume) => (v1::ProcessKind::Target, volume.to_string()),
             };
-            let hung = matches!(process.state, ProcessState::Alive { answers: Answers::Hung, .. });
             let ended = process.last_exit.as_ref().map(|exit| format!("before: {exit}"));
             v1::Process {
                 kind: kind.into(),
@@ -115,7 +114,7 @@ impl View<'_> {
                 state: process_state(Some(process)).into(),
                 pid: process.pid(),
                 restarts: process.restarts,
-                problem: if hung { Some("it runs but doesn't answer".into()) } else { ended },
+                problem: if process.hangs() { Some("it runs but doesn't answer".into()) } else { ended },
             }
         };
         self.observed.processes.iter().map(message).collect()
