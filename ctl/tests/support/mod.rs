@@ -183,7 +183,15 @@ impl Drop for Node {
             let _ = daemon.kill();
             let _ = daemon.wait();
         }
-        // The stand-ins end when their folder goes, even those that hang.
+        // Stand-ins end when their folder goes; those that a test has stopped can't.
+        let folder = self.folder.path().to_str().unwrap();
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            if String::from_utf8_lossy(&command).contains(folder) {
+                let _ = rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), rustix::process::Signal::KILL);
+            }
+        }
     }
 }
 
