@@ -1,0 +1,240 @@
+//! Killing and stopping processes under load.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use carrick_backing_store::VolumeId;
+use rustix::process::Signal;
+
+use super::Plan;
+use crate::dice::Dice;
+use crate::disk::Disk;
+use crate::fio::Fio;
+use crate::peer::Peer;
+use crate::report::Found;
+use crate::site::{SOON, Site, path_text, signal, wait_for};
+
+const VOLUME: &str = "vm1";
+const SIZE: u64 = 96 << 20;
+/// Bound of the promise.
+const STALL_MAX: Duration = Duration::from_secs(3);
+/// How long a whole copy of the small volume may take on a slow machine.
+const COPY_LIMIT: Duration = Duration::from_secs(180);
+
+pub fn sectors_512(plan: &Plan) -> Found {
+    chaos(plan, "512")
+}
+
+pub fn sectors_4096(plan: &Plan) -> Found {
+    chaos(plan, "4096")
+}
+
+fn chaos(plan: &Plan, sector: &str) -> Found {
+    let mut site = Site::with_stores(3)?;
+    site.carrick(&["volume", "create", VOLUME, "--size", "96M", "--block-size", sector])?;
+    let device = site.attach(VOLUME, &[])?;
+    let kills = if plan.quick { 6 } else { 20 };
+    let mut dice = Dice::new(plan.seed);
+    let (range, align) = (format!("--bsrange={sector}-1M"), format!("--blockalign={sector}"));
+    let options = [
+        "--rw=randrw",
+        "--rwmixread=30",
+        &range,
+        &align,
+        "--iodepth=32",
+        "--size=96M",
+        "--loops=1000",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--verify_backlog=256",
+        "--trim_percentage=10",
+        "--trim_backlog=64",
+        "--trim_verify_zero=1",
+        "--serialize_overlap=1",
+        "--fsync=64",
+    ];
+    let stop = site.path("stop-fio");
+    let seed = format!("--randseed={}", plan.seed);
+    let trigger = format!("--trigger-file={}", path_text(&stop)?);
+    let mut fio = Fio::start(&device, &[&options[..], &[&seed, &trigger]].concat())?;
+    let done = kill_at_random(&mut site, &mut fio, &mut dice, kills);
+    let killed = done.with_context(|| site.log_tail())?;
+    // fio ends at its next look at the trigger file, after the verification of what is in its backlog.
+    fs::write(&stop, "")?;
+    let said = fio.finish().with_context(|| site.log_tail())?;
+    site.wait_in_sync(VOLUME, COPY_LIMIT)?;
+    verified_pass(&device, sector)?;
+    site.wait_in_sync(VOLUME, COPY_LIMIT)?;
+    detach(&site)?;
+    let bytes = identical_replicas(&site)?;
+    Ok(format!("{killed}; {}; {bytes} bytes the same on all three replicas", traffic(&said)))
+}
+
+/// One whole pass of writing and reading back, without faults: what the faults left behind must not disturb it.
+fn verified_pass(device: &Path, sector: &str) -> anyhow::Result<()> {
+    let range = format!("--bsrange={sector}-1M");
+    let fio = Fio::start(device, &["--rw=randwrite", &range, "--iodepth=32", "--size=96M", "--verify=crc32c", "--verify_fatal=1"])?;
+    fio.finish().context("the pass after the faults").map(|_| ())
+}
+
+/// What fio moved, from its summary.
+fn traffic(said: &str) -> String {
+    let part = |name: &str| {
+        let line = said.lines().find(|line| line.trim_start().starts_with(name)).unwrap_or_default();
+        line.split_once('(')
+            .and_then(|(_, rest)| rest.rsplit_once('('))
+            .map_or(String::new(), |(_, moved)| format!("{name} {}", moved.trim_end_matches(')')))
+    };
+    [part("read:"), part("write:"), part("trim:")].join(" ")
+}
+
+fn kill_at_random(site: &mut Site, fio: &mut Fio, dice: &mut Dice, kills: usize) -> anyhow::Result<String> {
+    let (mut replicas, mut targets, mut daemons) = (0, 0, 0);
+    for _ in 0..kills {
+        sleep(Duration::from_millis(200 + dice.below(2300)));
+        ensure!(fio.is_running()?, "fio ended before the kills did");
+        match dice.below(5) {
+            0..=2 => {
+                let pids = site.pids("replica")?;
+                let index = usize::try_from(dice.below(pids.len().max(1) as u64))?;
+                if let Some(pid) = pids.get(index) {
+                    signal(*pid, Signal::KILL)?;
+                    replicas += 1;
+                }
+            }
+            3 => {
+                if let Some(pid) = site.pids("target")?.first() {
+                    signal(*pid, Signal::KILL)?;
+                    targets += 1;
+                }
+            }
+            _ => {
+                site.kill_daemon()?;
+                daemons += 1;
+                sleep(Duration::from_millis(dice.below(500)));
+                site.start_daemon()?;
+            }
+        }
+    }
+    Ok(format!("{replicas} kills of replicas, {targets} of the target, {daemons} of carrickd"))
+}
+
+/// Detaches, however long the last opener takes to close.
+fn detach(site: &Site) -> anyhow::Result<()> {
+    wait_for("the device to be free", SOON, || Ok(site.try_carrick(&["detach", VOLUME])?.ok().map(|_| ())))
+}
+
+/// Reads all replicas of the detached volume whole; how many bytes they have in common, which must be all.
+pub fn identical_replicas(site: &Site) -> anyhow::Result<usize> {
+    let shown = site.carrick(&["volume", "show", VOLUME])?;
+    let volume: VolumeId = shown["id"].as_str().context("a volume without id")?.parse()?;
+    let replicas = shown["replicas"].as_array().context("no replicas")?;
+    let mut first: Option<Vec<u8>> = None;
+    for replica in replicas {
+        let store = replica["store"].as_str().context("a replica without store")?;
+        let mut peer = Peer::connect(&site.path(&format!("run/replica/{store}.sock")), volume)?;
+        peer.take_over()?;
+        let content = peer.read_all(SIZE)?;
+        match &first {
+            Some(first) if *first != content => bail!("the replica in store {store} differs from the first"),
+            Some(_) => {}
+            None => first = Some(content),
+        }
+    }
+    Ok(first.map_or(0, |content| content.len()))
+}
+
+pub fn stopped_replica(_: &Plan) -> Found {
+    let site = Site::with_stores(3)?;
+    site.carrick(&["volume", "create", VOLUME, "--size", "96M"])?;
+    let device = site.attach(VOLUME, &[])?;
+    let disk = Disk::open(&device)?;
+    disk.write_blocks(0, 64, 1)?;
+    let load = ["--rw=randrw", "--bs=4k", "--iodepth=16", "--offset=16M", "--size=64M", "--time_based", "--runtime=600"];
+    let mut fio = Fio::start(&device, &load)?;
+    let stopped = site.pids("replica")?.first().copied().context("no replica")?;
+    sleep(Duration::from_secs(1));
+    signal(stopped, Signal::STOP)?;
+    let mut longest = Duration::ZERO;
+    let begin = Instant::now();
+    let mut round = 0_u8;
+    while begin.elapsed() < Duration::from_secs(6) {
+        round = round.wrapping_add(1);
+        longest = longest.max(disk.write_blocks(0, 64, round)?);
+        longest = longest.max(disk.check_blocks(0, 64, round)?);
+    }
+    let running = fio.is_running()?;
+    signal(stopped, Signal::CONT)?;
+    site.wait_in_sync(VOLUME, COPY_LIMIT)?;
+    drop(fio);
+    drop(disk);
+    ensure!(running, "the load ended while the replica was stopped");
+    ensure!(longest <= STALL_MAX, "a request took {longest:?}");
+    detach(&site)?;
+    let bytes = identical_replicas(&site)?;
+    Ok(format!("longest request {} ms of 3000; caught up, {bytes} bytes the same on all replicas", longest.as_millis()))
+}
+
+pub fn file_system(_: &Plan) -> Found {
+    let mut site = Site::with_stores(3)?;
+    site.carrick(&["volume", "create", VOLUME, "--size", "96M"])?;
+    let device = site.attach(VOLUME, &["--host"])?;
+    run("mkfs.ext4", &["-q", path_text(&device)?])?;
+    let folder = site.path("mounted");
+    fs::create_dir_all(&folder)?;
+    let mounted = Mount::new(&device, folder.clone())?;
+    let source = PathBuf::from("/usr/share/doc/util-linux");
+    ensure!(source.is_dir(), "{} is not there to be copied", source.display());
+    let mut copies = Vec::new();
+    for round in 0..6 {
+        let copy = folder.join(format!("copy{round}"));
+        run("cp", &["-r", path_text(&source)?, path_text(&copy)?])?;
+        match round {
+            1 => signal(*site.pids("replica")?.first().context("no replica")?, Signal::KILL)?,
+            2 | 4 => signal(*site.pids("target")?.first().context("no target")?, Signal::KILL)?,
+            3 => {
+                site.kill_daemon()?;
+                site.start_daemon()?;
+            }
+            _ => {}
+        }
+        copies.push(copy);
+    }
+    run("sync", &["-f", path_text(&folder)?])?;
+    drop(mounted);
+    run("e2fsck", &["-fn", path_text(&device)?])?;
+    let mounted = Mount::new(&device, folder)?;
+    for copy in &copies {
+        run("diff", &["-r", path_text(&source)?, path_text(copy)?])?;
+    }
+    drop(mounted);
+    detach(&site)?;
+    Ok(format!("{} copies of a tree are the same after 1 kill of a replica, 2 of the target and 1 of carrickd; e2fsck clean", copies.len()))
+}
+
+/// A mounted file system, unmounted when dropped.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn new(device: &Path, folder: PathBuf) -> anyhow::Result<Self> {
+        run("mount", &[path_text(device)?, path_text(&folder)?])?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+fn run(program: &str, arguments: &[&str]) -> anyhow::Result<()> {
+    let output = Command::new(program).args(arguments).output().with_context(|| format!("running {program}"))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{program} {}: {} {said}", arguments.join(" "), output.status);
+    Ok(())
+}

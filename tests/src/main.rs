@@ -1,0 +1,47 @@
+//! Runs the acceptance list of a topic on this machine's kernel, which must have ublk: `tests/acceptance TOPIC` boots one where
+//! the host has none. Prints a line per item: what was done, the figure, the bound, pass or fail.
+
+mod dice;
+mod disk;
+mod fio;
+mod first_volume;
+mod peer;
+mod report;
+mod site;
+
+use std::process::ExitCode;
+
+use clap::{Parser, ValueEnum};
+
+/// What an issue of a topic promises, tried on real devices.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Which list.
+    topic: Topic,
+    /// Only items whose name contains this.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// The short form: fewer kills and seconds, for slow machines and CI.
+    #[arg(long)]
+    quick: bool,
+    /// Seed of what is random.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Topic {
+    /// A replicated volume on a real kernel, end to end.
+    FirstVolume,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let seed = arguments.seed.unwrap_or_else(|| u64::from(std::process::id()));
+    println!("seed {seed}");
+    let plan = first_volume::Plan { quick: arguments.quick, seed };
+    let items = match arguments.topic {
+        Topic::FirstVolume => first_volume::items(),
+    };
+    report::run(&items, &plan, &arguments.only)
+}

@@ -1,0 +1,218 @@
+//! A node of its own: folders, a `carrickd`, stores, and the `carrick` command as a user has it. Dropping it ends every process and
+//! device that it made, also after a failure.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How often a state is looked at while it is waited for.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// How long a state is waited for that should come at once, on a slow machine.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// A node under test.
+pub struct Site {
+    folder: TempDir,
+    daemon: Option<Child>,
+}
+
+/// What a refused command said.
+#[derive(Debug)]
+pub struct Refusal {
+    pub code: i32,
+    pub reason: String,
+    pub message: String,
+}
+
+/// A process that `carrickd` looks after.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    pub kind: String,
+    pub subject: String,
+    pub pid: i32,
+}
+
+/// Where the programs under test are: beside this one.
+pub fn programs() -> anyhow::Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    Ok(own.parent().context("this program has no folder")?.to_owned())
+}
+
+impl Site {
+    /// A daemon without stores.
+    pub fn start() -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("carrick-site-").tempdir()?;
+        let mut site = Self { folder, daemon: None };
+        site.start_daemon()?;
+        Ok(site)
+    }
+
+    /// A daemon with this many stores in folders of its own.
+    pub fn with_stores(count: usize) -> anyhow::Result<Self> {
+        let site = Self::start()?;
+        for index in 0..count {
+            let path = site.path(&format!("store{index}"));
+            fs::create_dir_all(&path)?;
+            site.carrick(&["store", "add", path_text(&path)?])?;
+        }
+        Ok(site)
+    }
+
+    /// A path in the site's folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Starts `carrickd`, and waits until it answers.
+    pub fn start_daemon(&mut self) -> anyhow::Result<()> {
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.path("carrickd.log"))?;
+        let daemon = Command::new(programs()?.join("carrickd"))
+            .arg("--run-dir")
+            .arg(self.path("run"))
+            .arg("--state-dir")
+            .arg(self.path("state"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .context("starting carrickd")?;
+        self.daemon = Some(daemon);
+        wait_for("carrickd to answer", SOON, || Ok(self.carrick(&["status"]).ok().map(|_| ())))
+    }
+
+    /// Kills `carrickd` alone.
+    pub fn kill_daemon(&mut self) -> anyhow::Result<()> {
+        if let Some(mut daemon) = self.daemon.take() {
+            daemon.kill()?;
+            daemon.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Runs `carrick --json`; what it prints, or why it refused.
+    pub fn try_carrick(&self, arguments: &[&str]) -> anyhow::Result<Result<Value, Refusal>> {
+        let run = self.path("run");
+        let output = Command::new(programs()?.join("carrick")).arg("--json").arg("--run-dir").arg(run).args(arguments).output()?;
+        let Output { status, stdout, stderr } = output;
+        if status.success() {
+            let text = String::from_utf8(stdout)?;
+            return Ok(Ok(if text.trim().is_empty() { Value::Null } else { serde_json::from_str(&text)? }));
+        }
+        let text = String::from_utf8_lossy(&stderr).into_owned();
+        let value: Value = serde_json::from_str(&text).with_context(|| format!("carrick {arguments:?} said {text:?}"))?;
+        let field = |name: &str| value[name].as_str().unwrap_or_default().to_owned();
+        let code = status.code().context("carrick was killed")?;
+        Ok(Err(Refusal { code, reason: field("reason"), message: field("message") }))
+    }
+
+    /// Runs `carrick`, which must succeed.
+    pub fn carrick(&self, arguments: &[&str]) -> anyhow::Result<Value> {
+        self.try_carrick(arguments)?.map_err(|refusal| anyhow!("carrick {}: {}", arguments.join(" "), refusal.message))
+    }
+
+    /// Runs `carrick`, which must refuse with this exit code and reason; returns its sentence.
+    pub fn refused(&self, arguments: &[&str], code: i32, reason: &str) -> anyhow::Result<String> {
+        match self.try_carrick(arguments)? {
+            Ok(value) => bail!("carrick {} was not refused: {value}", arguments.join(" ")),
+            Err(refusal) => {
+                let right = refusal.code == code && refusal.reason == reason && !refusal.message.is_empty();
+                ensure!(right, "carrick {}: wanted {code} {reason}, got {refusal:?}", arguments.join(" "));
+                Ok(refusal.message)
+            }
+        }
+    }
+
+    /// Attaches a volume; its device.
+    pub fn attach(&self, volume: &str, more: &[&str]) -> anyhow::Result<PathBuf> {
+        let answer = self.carrick(&[&["attach", volume], more].concat())?;
+        device_of(&answer).with_context(|| format!("attach said {answer}"))
+    }
+
+    /// The running replicas and targets.
+    pub fn processes(&self) -> anyhow::Result<Vec<Process>> {
+        let status = self.carrick(&["status"])?;
+        let list = status["processes"].as_array().context("status has no processes")?;
+        let process = |value: &Value| {
+            let pid = i32::try_from(value["pid"].as_i64()?).ok()?;
+            Some(Process { kind: value["kind"].as_str()?.to_owned(), subject: value["subject"].as_str()?.to_owned(), pid })
+        };
+        Ok(list.iter().filter_map(process).collect())
+    }
+
+    /// The pids of one kind, in the order of the stores or volumes.
+    pub fn pids(&self, kind: &str) -> anyhow::Result<Vec<i32>> {
+        Ok(self.processes()?.into_iter().filter(|process| process.kind == kind).map(|process| process.pid).collect())
+    }
+
+    /// Waits until all replicas of an attached volume are in sync.
+    pub fn wait_in_sync(&self, volume: &str, limit: Duration) -> anyhow::Result<()> {
+        wait_for("all replicas to be in sync", limit, || {
+            let shown = self.carrick(&["volume", "show", volume])?;
+            let replicas = shown["replicas"].as_array().context("no replicas")?;
+            Ok(replicas.iter().all(|replica| replica["state"] == "in-sync").then_some(()))
+        })
+    }
+
+    /// The last lines of the daemon's log, for failures.
+    pub fn log_tail(&self) -> String {
+        let text = fs::read_to_string(self.path("carrickd.log")).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(12)..].join("\n")
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        if self.daemon.is_none() {
+            // A test left without its daemon: a new one takes over what still runs, and ends it.
+            let _ = self.start_daemon();
+        }
+        let _ = self.try_carrick(&["shutdown", "--force"]);
+        if let Some(mut daemon) = self.daemon.take() {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+    }
+}
+
+/// The device in an answer that shows an attachment.
+fn device_of(answer: &Value) -> Option<PathBuf> {
+    let device = answer["device"].as_str().or_else(|| answer["attachment"]["device"].as_str())?;
+    Some(PathBuf::from(device))
+}
+
+/// A path as text.
+pub fn path_text(path: &Path) -> anyhow::Result<&str> {
+    path.to_str().context("a path that isn't UTF-8")
+}
+
+/// Sends a signal.
+pub fn signal(pid: i32, signal: Signal) -> anyhow::Result<()> {
+    let pid = Pid::from_raw(pid).context("pid 0")?;
+    kill_process(pid, signal).with_context(|| format!("sending {signal:?} to {pid:?}"))
+}
+
+/// Waits until `look` finds something.
+pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> anyhow::Result<Option<T>>) -> anyhow::Result<T> {
+    let begin = Instant::now();
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        ensure!(begin.elapsed() < limit, "waited {limit:?} in vain for {what}");
+        sleep(LOOK_AGAIN);
+    }
+}
+
+/// Whether the path is a block device.
+pub fn is_block_device(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+}
