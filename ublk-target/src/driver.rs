@@ -27,8 +27,6 @@ pub const CONTROL_PATH: &str = "/dev/ublk-control";
 const QUICK: Duration = Duration::from_secs(10);
 /// A kernel bug (Linux 6.18.4) made ADD_DEV hang for ever; a good one takes milliseconds even on a busy machine.
 const ADD: Duration = Duration::from_secs(30);
-/// DEL_DEV waits for the last user of the character device.
-const DELETE: Duration = Duration::from_secs(10);
 /// Commands at once: one, and what has timed out before.
 const ENTRIES: u32 = 8;
 
@@ -219,12 +217,18 @@ impl Driver {
         )
     }
 
-    /// Deletes a stopped device.
+    /// Deletes a stopped device. Its number is free again when its last user, an opener of the disk perhaps, has gone.
     ///
     /// # Errors
     /// [`DriverError`].
     pub fn delete(&mut self, id: DeviceId) -> Result<(), DriverError> {
-        self.call(command("DEL_DEV", sys::UBLK_U_CMD_DEL_DEV, Some(id), DELETE))
+        match self.call(command("DEL_DEV_ASYNC", sys::UBLK_U_CMD_DEL_DEV_ASYNC, Some(id), QUICK)) {
+            // Before Linux 6.9 there is only the command that waits for the last user.
+            Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => {
+                self.call(command("DEL_DEV", sys::UBLK_U_CMD_DEL_DEV, Some(id), QUICK))
+            }
+            deleted => deleted,
+        }
     }
 
     /// Waits for a command's end, at most until `limit` after it began. After a timeout it may be waited for again.

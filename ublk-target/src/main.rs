@@ -42,7 +42,7 @@ fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("CARRICK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).init();
     match Arguments::parse().command {
-        Command::Run { config, run_dir, insecure } => start::run(&start::Options { config, run: RunDirectory::new(run_dir), insecure }),
+        Command::Run { config, run_dir, insecure } => start::run(start::Options { config, run: RunDirectory::new(run_dir), insecure }),
         Command::Features => features(),
     }
 }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use carrick_backing_store::VolumeId;
 use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory, TargetAnswer, TargetConfig, TargetPhase};
 use carrick_replicator::io::{ControlSocket, Reply, Sender};
 
@@ -71,6 +72,8 @@ pub struct Service {
     pub socket: ControlSocket,
     /// Whether the queue thread has a character device open.
     pub queue_is_open: bool,
+    /// Whether this process has told the driver to stop the device.
+    pub is_stopping: bool,
 }
 
 /// How an attempt to recover a device went.
@@ -100,6 +103,8 @@ impl Service {
                         return Ok(());
                     }
                 }
+                // By this process's own command.
+                Notice::QueueEnded if self.is_stopping => {}
                 Notice::QueueEnded => return Err(self.on_queue_ended()),
             }
         }
@@ -142,25 +147,8 @@ impl Service {
         Ok(Some(id))
     }
 
-    /// The devices with the volume's mark.
     fn find(&mut self) -> Result<Vec<Found>, ControlError> {
-        let mark = identity::device_mark(self.config.volume);
-        let ids = sysfs::devices(Path::new(CHARACTER_CLASS)).map_err(|error| failed(format!("can't list ublk devices: {error}")))?;
-        let mut found = Vec::new();
-        for id in ids {
-            let info = match self.driver.info(id) {
-                Ok(info) => info,
-                // Gone meanwhile, or of a user who may make devices of their own: not ours.
-                Err(error) if error.errno().is_some() => continue,
-                Err(error) => return Err(failed(error)),
-            };
-            if info.ublksrv_flags == mark {
-                let server = u32::try_from(info.ublksrv_pid).ok();
-                let server = server.filter(|process| openers::process_has_open(*process, &sysfs::character_path(id)));
-                found.push(Found { id, state: DeviceState::new(info.state), server });
-            }
-        }
-        Ok(found)
+        find(&mut self.driver, self.config.volume)
     }
 
     fn create(&mut self) -> Result<DeviceId, ControlError> {
@@ -322,6 +310,7 @@ impl Service {
 
     /// Stops and deletes a device. Requests that can't end are ended with errors.
     fn remove(&mut self, id: DeviceId) -> Result<(), ControlError> {
+        self.is_stopping = self.queue_is_open;
         let pending = self.driver.begin_stop(id, Stop::Anyway).map_err(failed)?;
         let mut stopped = self.driver.finish(&pending, FORCE_AFTER);
         if stopped.as_ref().is_err_and(DriverError::is_timeout) {
@@ -334,6 +323,7 @@ impl Service {
             self.order(Order::Release { done })?;
             released.recv_timeout(ORDER_LIMIT).map_err(|_| failed("the queue thread has not let go of the stopped device"))?;
             self.queue_is_open = false;
+            self.is_stopping = false;
         }
         ignore_absent(self.driver.delete(id))?;
         files::remove(&self.run.udev_environment(&sysfs::disk_name(id)));
@@ -374,6 +364,39 @@ impl Service {
             }
         }
         failed("another program has stopped the device: attach the volume again")
+    }
+}
+
+/// The devices with the volume's mark.
+fn find(driver: &mut Driver, volume: VolumeId) -> Result<Vec<Found>, ControlError> {
+    let mark = identity::device_mark(volume);
+    let ids = sysfs::devices(Path::new(CHARACTER_CLASS)).map_err(|error| failed(format!("can't list ublk devices: {error}")))?;
+    let mut found = Vec::new();
+    for id in ids {
+        let info = match driver.info(id) {
+            Ok(info) => info,
+            // Gone meanwhile, or of a user who may make devices of their own: not ours.
+            Err(error) if error.errno().is_some() => continue,
+            Err(error) => return Err(failed(error)),
+        };
+        if info.ublksrv_flags == mark {
+            let server = u32::try_from(info.ublksrv_pid).ok();
+            let server = server.filter(|process| openers::process_has_open(*process, &sysfs::character_path(id)));
+            found.push(Found { id, state: DeviceState::new(info.state), server });
+        }
+    }
+    Ok(found)
+}
+
+/// Refuses before anything is done if a target with another run directory, which the lock doesn't show, serves the volume:
+/// to become primary would end it.
+///
+/// # Errors
+/// Names the process.
+pub fn check_unserved(driver: &mut Driver, volume: VolumeId) -> Result<(), ControlError> {
+    match next_step(&find(driver, volume)?) {
+        served @ Step::Served { .. } => Err(refusal(served)),
+        _ => Ok(()),
     }
 }
 

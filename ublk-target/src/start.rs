@@ -1,6 +1,7 @@
 //! How a target process starts, and how it ends with an error.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{self, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc;
 use std::thread;
@@ -17,7 +18,7 @@ use crate::front::{Mailboxes, Notice, TargetFrontEnd};
 use crate::preflight;
 use crate::process;
 use crate::progress::Progress;
-use crate::service::Service;
+use crate::service::{self, Service};
 
 /// I7's default.
 const REPLICA_TIMEOUT: Duration = Duration::from_millis(1500);
@@ -37,7 +38,11 @@ pub struct Options {
 }
 
 /// Runs a target until it is detached or fails.
-pub fn run(options: &Options) -> ExitCode {
+pub fn run(options: Options) -> ExitCode {
+    let options = match leave_folder(options) {
+        Ok(options) => options,
+        Err(error) => return complain(&failed(format!("can't leave the current folder: {error}"))),
+    };
     let (config, block) = match files::read_config(&options.config) {
         Ok(config) => config,
         Err(error) => return complain(&error),
@@ -55,15 +60,24 @@ pub fn run(options: &Options) -> ExitCode {
         let error = ControlError { code: ControlErrorCode::Failed, message: format!("internal error: {panic}") };
         record(&run, volume, &error);
     }));
-    match start(options, config, block).and_then(|mut service| service.run()) {
+    match start(&options, config, block).and_then(|mut service| service.run()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => end(&options.run, volume, &error),
     }
 }
 
+/// A target started in a folder on its own disk would keep that from being unmounted.
+fn leave_folder(options: Options) -> io::Result<Options> {
+    let config = path::absolute(options.config)?;
+    let run = RunDirectory::new(path::absolute(options.run.root())?);
+    std::env::set_current_dir("/")?;
+    Ok(Options { config, run, ..options })
+}
+
 fn start(options: &Options, config: TargetConfig, block: crate::params::LogicalBlock) -> Result<Service, ControlError> {
-    let (driver, features) = preflight::open_driver()?;
+    let (mut driver, features) = preflight::open_driver()?;
     features.check()?;
+    service::check_unserved(&mut driver, config.volume)?;
     // Before threads are made.
     process::prepare();
     let path = options.run.target_control(config.volume);
@@ -90,6 +104,7 @@ fn start(options: &Options, config: TargetConfig, block: crate::params::LogicalB
         progress,
         socket,
         queue_is_open: false,
+        is_stopping: false,
     })
 }
 
