@@ -1,10 +1,12 @@
 //! The command line.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use carrick_ctl::size::{SizeError, parse_size};
 use carrick_replicator::control::RunDirectory;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
 
 /// Printed below the help: scripts rely on it.
 const EXIT_CODES: &str = "\
@@ -66,6 +68,8 @@ pub enum Command {
     Status,
     /// End everything on this node, carrickd included (to end carrickd alone, send it SIGTERM)
     Shutdown(Shutdown),
+    /// Measure replication on this machine, with replicas of its own; needs neither carrickd nor ublk
+    Bench(Bench),
 }
 
 /// What can be done with stores.
@@ -157,6 +161,79 @@ pub struct Shutdown {
     /// Detach even what is in use
     #[arg(long)]
     pub force: bool,
+}
+
+/// What to measure.
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// Make the replicas below this folder, on the disk to be measured; they are removed at the end
+    #[arg(long, value_name = "DIR")]
+    pub dir: PathBuf,
+    /// How many replicas: 1, 2, 3 or 5
+    #[arg(long, value_name = "N", default_value = "3", value_parser = replicas)]
+    pub replicas: usize,
+    /// Reach the replicas over TCP on the loopback interface, as if they were on other nodes (the default)
+    #[arg(long, conflicts_with = "unix")]
+    pub tcp: bool,
+    /// Reach the replicas over Unix sockets, as carrickd does on one node
+    #[arg(long)]
+    pub unix: bool,
+    /// The kind of load
+    #[arg(long, value_enum, default_value_t = ReadWrite::Randwrite)]
+    pub rw: ReadWrite,
+    /// With --rw randrw: how many of 100 requests are reads
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u8).range(..=100))]
+    pub read_percent: u8,
+    /// Bytes per request: a multiple of 512 up to 1M
+    #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = size)]
+    pub block_size: u64,
+    /// Requests in flight
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub depth: usize,
+    /// How long
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+    pub seconds: u64,
+    /// The volume's size; it is written once before
+    #[arg(long, default_value = "1G", value_parser = size)]
+    pub size: u64,
+    /// Put everything on stable media after every so many writes; the load goes on meanwhile
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub fsync_every: Option<u64>,
+}
+
+/// Kinds of load, by the names that fio has for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReadWrite {
+    /// Writes to random places
+    Randwrite,
+    /// Reads from random places
+    Randread,
+    /// Both, mixed
+    Randrw,
+    /// Writes, one after the other
+    Write,
+    /// Reads, one after the other
+    Read,
+}
+
+impl fmt::Display for ReadWrite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Randwrite => "randwrite",
+            Self::Randread => "randread",
+            Self::Randrw => "randrw",
+            Self::Write => "write",
+            Self::Read => "read",
+        })
+    }
+}
+
+fn replicas(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(replicas @ (1 | 2 | 3 | 5)) => Ok(replicas),
+        _ => Err("give 1, 2, 3 or 5".into()),
+    }
 }
 
 fn size(text: &str) -> Result<u64, SizeError> {

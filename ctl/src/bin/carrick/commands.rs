@@ -8,6 +8,7 @@ use carrick_ctl::v1;
 use serde::Serialize;
 
 use crate::arguments::{Arguments, Attach, Command, Detach, Shutdown, StoreCommand, VolumeCommand};
+use crate::bench;
 use crate::client::{Client, change, question};
 use crate::report::Problem;
 use crate::words;
@@ -34,18 +35,21 @@ impl Output {
 
 /// Runs a command.
 pub async fn run(arguments: Arguments) -> Result<(), Problem> {
-    let client = Client::connect(&arguments.socket()).await?;
+    let socket = arguments.socket();
+    // Nothing is done before it is awaited: `bench` needs no carrickd.
+    let client = Client::connect(&socket);
     let output = Output { json: arguments.json };
     match arguments.command {
-        Command::Store(command) => store(&client, &output, command).await,
-        Command::Volume(command) => volume(&client, &output, command).await,
-        Command::Attach(arguments) => attach(&client, &output, arguments).await,
-        Command::Detach(arguments) => detach(&client, &output, arguments).await,
+        Command::Store(command) => store(&client.await?, &output, command).await,
+        Command::Volume(command) => volume(&client.await?, &output, command).await,
+        Command::Attach(arguments) => attach(&client.await?, &output, arguments).await,
+        Command::Detach(arguments) => detach(&client.await?, &output, arguments).await,
         Command::Status => {
-            let status = client.node().get_status(question(v1::GetStatusRequest {})).await?.into_inner();
+            let status = client.await?.node().get_status(question(v1::GetStatusRequest {})).await?.into_inner();
             output.show(&status, words::status)
         }
-        Command::Shutdown(arguments) => shutdown(&client, &output, &arguments).await,
+        Command::Shutdown(arguments) => shutdown(&client.await?, &output, &arguments).await,
+        Command::Bench(arguments) => output.show(&bench::bench(&arguments)?, bench::words),
     }
 }
 

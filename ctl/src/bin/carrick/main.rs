@@ -1,6 +1,8 @@
-//! `carrick`: the command for operators and scripts. It talks to `carrickd` on this node and shows what that answers.
+//! `carrick`: the command for operators and scripts. It talks to `carrickd` on this node and shows what that answers;
+//! `bench` alone works without.
 
 mod arguments;
+mod bench;
 mod client;
 mod commands;
 mod report;
