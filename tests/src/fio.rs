@@ -12,7 +12,8 @@ impl Fio {
     /// Starts it on a device with these options besides direct, asynchronous I/O.
     pub fn start(device: &Path, options: &[&str]) -> anyhow::Result<Self> {
         let child = Command::new("fio")
-            .args(["--name=load", "--ioengine=libaio", "--direct=1", "--group_reporting", "--verify_state_save=0"])
+            // Threads, not processes: all end with the one that is known here.
+            .args(["--name=load", "--thread", "--ioengine=libaio", "--direct=1", "--group_reporting", "--verify_state_save=0"])
             .arg(format!("--filename={}", device.display()))
             .args(options)
             .stdin(Stdio::null())

@@ -5,6 +5,7 @@ mod dice;
 mod disk;
 mod fio;
 mod first_volume;
+mod history;
 mod peer;
 mod report;
 mod site;

@@ -14,6 +14,7 @@ use super::Plan;
 use crate::dice::Dice;
 use crate::disk::Disk;
 use crate::fio::Fio;
+use crate::history::History;
 use crate::peer::Peer;
 use crate::report::Found;
 use crate::site::{SOON, Site, path_text, signal, wait_for};
@@ -46,32 +47,34 @@ fn chaos(plan: &Plan, sector: &str) -> Found {
         &range,
         &align,
         "--iodepth=32",
-        "--size=96M",
+        "--size=64M",
         "--loops=1000",
         "--verify=crc32c",
         "--verify_fatal=1",
         "--verify_backlog=256",
-        "--trim_percentage=10",
-        "--trim_backlog=64",
-        "--trim_verify_zero=1",
         "--serialize_overlap=1",
         "--fsync=64",
     ];
+    // fio can't verify trims; the rest of the volume takes them, with every sector known.
+    let history = History::start(&device, 64 << 20, 4 << 20, 8, sector.parse()?, plan.seed)?;
     let stop = site.path("stop-fio");
     let seed = format!("--randseed={}", plan.seed);
     let trigger = format!("--trigger-file={}", path_text(&stop)?);
     let mut fio = Fio::start(&device, &[&options[..], &[&seed, &trigger]].concat())?;
-    let done = kill_at_random(&mut site, &mut fio, &mut dice, kills);
-    let killed = done.with_context(|| site.log_tail())?;
+    let killed = kill_at_random(&mut site, &mut fio, &mut dice, kills).with_context(|| site.log_tail())?;
     // fio ends at its next look at the trigger file, after the verification of what is in its backlog.
     fs::write(&stop, "")?;
     let said = fio.finish().with_context(|| site.log_tail())?;
+    let requests = history.finish().with_context(|| site.log_tail())?;
     site.wait_in_sync(VOLUME, COPY_LIMIT)?;
     verified_pass(&device, sector)?;
     site.wait_in_sync(VOLUME, COPY_LIMIT)?;
     detach(&site)?;
     let bytes = identical_replicas(&site)?;
-    Ok(format!("{killed}; {}; {bytes} bytes the same on all three replicas", traffic(&said)))
+    Ok(format!(
+        "{killed}; fio {}, {requests} writes, reads, zeroes and trims beside it; {bytes} bytes the same on all three replicas",
+        traffic(&said)
+    ))
 }
 
 /// One whole pass of writing and reading back, without faults: what the faults left behind must not disturb it.
@@ -89,14 +92,17 @@ fn traffic(said: &str) -> String {
             .and_then(|(_, rest)| rest.rsplit_once('('))
             .map_or(String::new(), |(_, moved)| format!("{name} {}", moved.trim_end_matches(')')))
     };
-    [part("read:"), part("write:"), part("trim:")].join(" ")
+    [part("read:"), part("write:")].join(", ")
 }
 
 fn kill_at_random(site: &mut Site, fio: &mut Fio, dice: &mut Dice, kills: usize) -> anyhow::Result<String> {
     let (mut replicas, mut targets, mut daemons) = (0, 0, 0);
     for _ in 0..kills {
         sleep(Duration::from_millis(200 + dice.below(2300)));
-        ensure!(fio.is_running()?, "fio ended before the kills did");
+        if !fio.is_running()? {
+            // Its own words say most.
+            break;
+        }
         match dice.below(5) {
             0..=2 => {
                 let pids = site.pids("replica")?;

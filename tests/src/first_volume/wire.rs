@@ -1,6 +1,6 @@
 //! Peers of the data protocol that speak it wrongly, on purpose or by age.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use anyhow::{Context, ensure};
 use carrick_backing_store::{ByteOffset, Seq, Term, VolumeId};
@@ -45,7 +45,7 @@ pub fn hostile_peers(_: &Plan) -> Found {
 }
 
 /// Speaks wrongly in every way; how many there were.
-fn attack(socket: &PathBuf, volume: VolumeId) -> anyhow::Result<usize> {
+fn attack(socket: &Path, volume: VolumeId) -> anyhow::Result<usize> {
     let silent = || Peer::connect_silently(socket, volume);
     let greeted = || Peer::connect(socket, volume);
     let mut tried = 0;
