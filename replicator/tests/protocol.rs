@@ -1,7 +1,10 @@
 //! The wire format: the golden frames of `docs/protocol.md`, round trips of every kind, and foreign bytes of every sort.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that finds no value has found a failure")]
+
 use carrick_backing_store::{
-    BLOCK_SIZE, BufferPool, ByteLength, ByteOffset, Content, Extent, LoggedExtents, Seq, StoreId, Term, VolumeId, VolumeSize, block_checksum,
+    BLOCK_SIZE, BufferPool, ByteLength, ByteOffset, Content, Extent, LoggedExtents, Seq, StoreId, Term, VolumeId, VolumeSize,
+    block_checksum,
 };
 use carrick_replicator::wire::{
     Body, DATA_LENGTH_MAX, ErrorBody, ErrorCode, Flags, Frame, HEADER_LENGTH, Header, Hello, HelloAnswer, Kind, LogAnswer, RequestId,
@@ -108,7 +111,9 @@ fn every_kind_and_message_survives_the_way() {
         let decoded = decode(&bytes_of(&frame), &pool).unwrap().unwrap();
         assert_eq!(decoded.header, frame.header);
         match (decoded.body, frame.body) {
-            (Body::Data { checksums, data }, Body::Data { checksums: sent, data: sent_data }) => assert!(checksums == sent && *data == *sent_data),
+            (Body::Data { checksums, data }, Body::Data { checksums: sent, data: sent_data }) => {
+                assert!(checksums == sent && *data == *sent_data)
+            }
             (Body::Status(got), Body::Status(sent)) => assert_eq!(got, sent),
             (Body::HelloAnswer(got), Body::HelloAnswer(sent)) => assert_eq!(got, sent),
             (Body::Hello(got), Body::Hello(sent)) => assert_eq!(got, sent),

@@ -106,7 +106,7 @@ impl Worker {
                 }
                 Ok(())
             }
-            6 if stamp % 16 == 0 => self.file.sync_data().context("fsync"),
+            6 if stamp.is_multiple_of(16) => self.file.sync_data().context("fsync"),
             _ => {
                 let mut buffer = self.pool.take(usize::try_from(length)?);
                 for (sector, bytes) in (offset / SECTOR..).zip(buffer.chunks_exact_mut(512)) {

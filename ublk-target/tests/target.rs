@@ -4,6 +4,8 @@
 //!     cargo test --release -p carrick-target --features kernel-tests --test target --no-run
 //!     tests/kernel/run -- target/release/deps/target-… --test-threads=1
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that finds no value has found a failure")]
+
 mod machine;
 
 use std::fs::{self, File};

@@ -139,7 +139,7 @@ impl World {
     pub fn new(plan: Plan) -> Self {
         let machines = (0..plan.replicas).map(|index| {
             let mut store = MemoryStore::with_id(StoreId::from_bytes([u8::try_from(index).unwrap(); 16])).with_manual_completion();
-            if plan.seed % 3 == 0 && !plan.rot {
+            if plan.seed.is_multiple_of(3) && !plan.rot {
                 store = store.with_log_capacity(16);
             }
             store.create(ReplicaSpec { volume: volume(), size: size() }).unwrap();
@@ -642,14 +642,7 @@ impl World {
         let index = usize::try_from(self.dice.below(self.machines.len() as u64)).unwrap();
         match self.dice.below(12) {
             0..=2 => self.kill_replica(index, PowerLoss::No),
-            3..=4 => {
-                if self.machines[index].stopped.is_none() && self.machines[index].service.is_some() {
-                    self.note(format!("replica {index} is stopped"));
-                    self.machines[index].stopped = Some(Vec::new());
-                    let resume = self.now + self.dice.skewed(6 * SECOND);
-                    self.schedule(resume, Event::Resume(index));
-                }
-            }
+            3..=4 => self.stop_replica(index),
             5..=6 => {
                 if let Some(connection) = self.links[index] {
                     self.note(format!("the connection to replica {index} breaks"));
@@ -664,6 +657,15 @@ impl World {
             10 if !self.plan.rot && self.all_in_sync() && self.machines.len() > 1 => self.kill_replica(index, PowerLoss::Yes),
             11 if self.plan.rot && self.all_in_sync() => self.rot(index),
             _ => {}
+        }
+    }
+
+    fn stop_replica(&mut self, index: usize) {
+        if self.machines[index].stopped.is_none() && self.machines[index].service.is_some() {
+            self.note(format!("replica {index} is stopped"));
+            self.machines[index].stopped = Some(Vec::new());
+            let resume = self.now + self.dice.skewed(6 * SECOND);
+            self.schedule(resume, Event::Resume(index));
         }
     }
 
