@@ -16,6 +16,8 @@ impl Fio {
             .args(["--name=load", "--thread", "--ioengine=libaio", "--direct=1", "--group_reporting", "--verify_state_save=0"])
             .arg(format!("--filename={}", device.display()))
             .args(options)
+            // Where it may leave its files.
+            .current_dir(std::env::temp_dir())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
