@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use io_uring::squeue::Entry128;
 use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, types};
-use libublk::sys;
+use libublk_rs_sys as sys;
 
 use crate::features::Features;
 use crate::plan::DeviceId;

@@ -1,7 +1,7 @@
 //! What the kernel's ublk driver can do, by its own account and never by version number.
 
 use carrick_replicator::control::{ControlError, ControlErrorCode};
-use libublk::sys;
+use libublk_rs_sys as sys;
 use serde::Serialize;
 
 /// Bits of `UBLK_U_CMD_GET_FEATURES`, with the kernel that brought each, for messages.

@@ -1,7 +1,7 @@
 //! What the block layer is told of a device.
 
 use carrick_backing_store::{BLOCK_SIZE, VolumeSize};
-use libublk::sys;
+use libublk_rs_sys as sys;
 
 /// Bytes of a sector, the unit of ublk's numbers, whatever the logical block size is.
 pub const SECTOR: u64 = 512;

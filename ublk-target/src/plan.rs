@@ -3,7 +3,7 @@
 //! A target may be killed at any instant, so every state that a device can be left in has a step. After each step
 //! the devices are looked at again.
 
-use libublk::sys;
+use libublk_rs_sys as sys;
 
 /// Number of a device: the N of `/dev/ublkbN`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -290,7 +290,7 @@ impl Service {
             Usage::UsedBy(users) => return Err(busy(&users.join("; "))),
             Usage::Unused(exclusive) => exclusive,
         };
-        let pending = if self.features.offers(libublk::sys::UBLK_F_SAFE_STOP_DEV) {
+        let pending = if self.features.offers(libublk_rs_sys::UBLK_F_SAFE_STOP_DEV) {
             // The driver itself looks, and lets nobody in afterwards. It counts this process, too.
             drop(exclusive);
             self.driver.begin_stop(id, Stop::IfUnused).map_err(failed)?

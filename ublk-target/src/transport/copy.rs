@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 
-use libublk::sys;
+use libublk_rs_sys as sys;
 
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 

@@ -1,7 +1,7 @@
 //! What the kernel asks, read from its descriptor.
 
 use carrick_backing_store::{ByteLength, ByteOffset, Extent};
-use libublk::sys;
+use libublk_rs_sys as sys;
 
 use crate::params::{IO_BYTES_MAX, RANGE_BYTES_MAX, SECTOR};
 

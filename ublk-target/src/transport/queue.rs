@@ -7,7 +7,7 @@ use std::ptr::{self, NonNull};
 
 use carrick_backing_store::{Buffer, BufferPool};
 use io_uring::{opcode, types};
-use libublk::sys;
+use libublk_rs_sys as sys;
 
 use super::budget::Budget;
 use super::copy;
