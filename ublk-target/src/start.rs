@@ -118,6 +118,8 @@ fn spawn_queue_thread(
     let (options, config, progress) = (options.clone(), config.clone(), progress.clone());
     let thread = move || {
         let (run, volume) = (options.run.clone(), config.volume);
+        // The main thread must not take the end of the front end for the reason of the end.
+        let _main_thread_waits = notices.clone();
         let error = match serve(&options, config, mailboxes, notices, progress) {
             Ok(()) => failed("the queue thread has ended"),
             Err(error) => explain(&error),

@@ -9,22 +9,27 @@
 mod machine;
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use carrick_backing_store::{BufferPool, Term};
 use carrick_replicator::control::{ControlError, ControlErrorCode, TargetAnswer};
-use machine::{Machine, devices, run, wait_for};
+use carrick_replicator::engine::{Engine, EngineConfig, Request, RequestError, RequestTag, Response};
+use carrick_replicator::io::{Completed, FrontEnd, Primary, Reactor};
+use machine::{Machine, Mounted, devices, run, wait_for};
 
-fn fio(directory: &Path, seconds: u32) -> Child {
-    let directory = format!("--directory={}", directory.display());
+fn fio(directory: &str, seconds: u32) -> Child {
+    let directory = format!("--directory={directory}");
     let runtime = format!("--runtime={seconds}");
+    // It leaves the state of its verification where it runs.
+    let folder = std::env::temp_dir();
     let job = ["--name=verify", "--size=48m", "--bs=4k", "--rw=randrw", "--ioengine=libaio", "--direct=1", "--iodepth=32"];
     let check = ["--verify=crc32c", "--verify_fatal=1", "--fsync=64", "--time_based", &runtime, &directory];
-    Command::new("fio").args(job).args(check).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
+    Command::new("fio").args(job).args(check).current_dir(folder).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
 }
 
 fn refused(answer: TargetAnswer) -> ControlError {
@@ -40,9 +45,7 @@ fn survives_kills(replicas: usize, block_size: u32) {
     let device = machine.serve();
     let logical = fs::read_to_string("/sys/block/ublkb0/queue/logical_block_size").unwrap();
     assert_eq!(logical.trim(), block_size.to_string());
-    run("mkfs.ext4", &["-q", device.to_str().unwrap()]);
-    let mount = tempfile::tempdir().unwrap();
-    run("mount", &[device.to_str().unwrap(), mount.path().to_str().unwrap()]);
+    let mount = Mounted::new(&device);
     let mut load = fio(mount.path(), 12);
     for pause in [300, 900, 50, 1200] {
         thread::sleep(Duration::from_millis(pause));
@@ -51,7 +54,7 @@ fn survives_kills(replicas: usize, block_size: u32) {
     }
     assert!(load.wait().unwrap().success(), "{}", machine.target_log());
     assert_eq!(refused(machine.detach(false)).code, ControlErrorCode::Busy);
-    run("umount", &[mount.path().to_str().unwrap()]);
+    mount.unmount();
     run("e2fsck", &["-fn", device.to_str().unwrap()]);
     machine.detach_cleanly(false);
 }
@@ -141,17 +144,15 @@ fn a_disk_in_use_goes_only_by_force() {
     opener.kill().unwrap();
     opener.wait().unwrap();
 
-    run("mkfs.ext4", &["-q", device.to_str().unwrap()]);
-    let mount = tempfile::tempdir().unwrap();
-    run("mount", &[device.to_str().unwrap(), mount.path().to_str().unwrap()]);
+    let mount = Mounted::new(&device);
     let error = refused(machine.detach(false));
     assert_eq!(error.code, ControlErrorCode::Busy);
-    assert!(error.message.contains(mount.path().to_str().unwrap()), "{error}");
+    assert!(error.message.contains(mount.path()), "{error}");
     let mut load = fio(mount.path(), 60);
     wait_for("requests", || machine.status().unwrap().requests_in_flight > 0);
     machine.detach_cleanly(true);
     assert!(!load.wait().unwrap().success(), "openers get errors");
-    run("umount", &[mount.path().to_str().unwrap()]);
+    mount.unmount();
 
     machine.serve();
     run("e2fsck", &["-fy", machine.status().unwrap().device.unwrap().to_str().unwrap()]);
@@ -185,6 +186,69 @@ fn force_ends_requests_that_wait_for_replicas() {
     assert!(!waiting.wait().unwrap().success());
     machine.signal_replicas("-CONT");
     machine.serve();
+    machine.detach_cleanly(false);
+}
+
+/// A primary elsewhere that takes the volume over and does nothing with it.
+struct Rival {
+    serves: bool,
+}
+
+impl FrontEnd for Rival {
+    fn on_serve(&mut self, _reactor: &mut Reactor, _term: Term) -> io::Result<()> {
+        self.serves = true;
+        Ok(())
+    }
+
+    fn on_completed(&mut self, _: &mut Reactor, _: &mut Engine, _: Completed, _: &mut Vec<(RequestTag, Request)>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn on_response(
+        &mut self,
+        _: &mut Reactor,
+        _: RequestTag,
+        _: Result<Response, RequestError>,
+        _: &mut Vec<(RequestTag, Request)>,
+    ) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn is_finished(&self) -> bool {
+        self.serves
+    }
+}
+
+/// Takes the volume over while a write is under way: the target ends, the write is neither acknowledged nor failed by it, and
+/// the next target of this host ends it.
+#[test]
+fn a_superseded_target_ends_and_leaves_its_requests_to_the_kernel() {
+    let mut machine = Machine::new(3, 512);
+    let device = machine.serve();
+    let mount = Mounted::new(&device);
+    let mut load = fio(mount.path(), 6);
+    wait_for("requests", || machine.status().unwrap().requests_in_flight > 0);
+
+    let config = EngineConfig {
+        volume: machine.config.volume,
+        size: machine.config.size,
+        members: 3,
+        replica_timeout: Duration::from_millis(1500),
+        backlog_bytes: 64 << 20,
+        seed: 1,
+    };
+    let endpoints = machine.config.replicas.iter().map(|replica| replica.endpoint.clone()).collect();
+    Primary::new(config, endpoints, BufferPool::new(0), false).unwrap().run(&mut Rival { serves: false }).unwrap();
+
+    let ended = machine.target.take().unwrap().wait().unwrap();
+    assert_eq!(ended.code(), Some(1));
+    let failure: ControlError = serde_json::from_slice(&fs::read(machine.run.target_failure(machine.config.volume)).unwrap()).unwrap();
+    assert_eq!(failure.code, ControlErrorCode::Conflict);
+    assert!(failure.message.starts_with("another primary has taken over the volume"), "{failure}");
+    assert_eq!(load.try_wait().unwrap(), None, "its requests wait");
+    assert_eq!(machine.serve(), device);
+    assert!(load.wait().unwrap().success());
+    mount.unmount();
     machine.detach_cleanly(false);
 }
 
@@ -233,7 +297,7 @@ fn udev_names_the_disk_and_hides_a_guests_labels() {
     let link = Path::new("/dev/carrick/test");
     wait_for("the link", || fs::canonicalize(link).is_ok_and(|target| target == device));
     let by_id = format!("/dev/disk/by-id/carrick-{}", machine.config.volume);
-    assert_eq!(fs::canonicalize(by_id).unwrap(), device);
+    wait_for("the other link", || fs::canonicalize(&by_id).is_ok_and(|target| target == device));
     run("mkfs.ext4", &["-q", "-L", "carrick-guest", device.to_str().unwrap()]);
     let trigger = || {
         run("udevadm", &["trigger", "--action=change", "--name-match", device.to_str().unwrap()]);

@@ -155,6 +155,33 @@ impl Drop for Machine {
     }
 }
 
+/// A mounted device. A test that fails leaves it behind without waiting for a disk that may not answer.
+pub struct Mounted(TempDir);
+
+impl Mounted {
+    /// Makes a file system on the device and mounts it.
+    pub fn new(device: &Path) -> Self {
+        let mounted = Self(tempfile::tempdir().unwrap());
+        run("mkfs.ext4", &["-q", device.to_str().unwrap()]);
+        run("mount", &[device.to_str().unwrap(), mounted.path()]);
+        mounted
+    }
+
+    pub fn path(&self) -> &str {
+        self.0.path().to_str().unwrap()
+    }
+
+    pub fn unmount(self) {
+        run("umount", &[self.path()]);
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.path()).stderr(Stdio::null()).status();
+    }
+}
+
 /// ublk devices, by the driver.
 pub fn devices() -> Vec<String> {
     let entries = fs::read_dir("/sys/class/ublk-char").map(|entries| entries.map(|entry| entry.unwrap().file_name()).collect());
