@@ -15,7 +15,7 @@ pub use checksum::{Checksum, block_checksum, zero_block_checksums};
 pub use file::FileStore;
 pub use memory::{MemoryStore, PowerLoss};
 pub use store::{
-    BLOCKS_MAX, Completion, Content, LoggedExtents, OpenedReplica, Operation, Outcome, ReadData, ReplicaSpec, ReplicaState, ReplicaStore,
-    StoreError, StoreUsage, Token,
+    BLOCKS_MAX, CHANGED_MAX, ChangedExtent, ChangedExtents, Completion, Content, LoggedExtents, OpenedReplica, Operation, Outcome,
+    ReadData, ReplicaSpec, ReplicaState, ReplicaStore, Scrubbed, SnapshotInfo, StoreError, StoreUsage, Token,
 };
-pub use units::{BLOCK_SIZE, BlockIndex, ByteLength, ByteOffset, Extent, Seq, StoreId, Term, VolumeId, VolumeSize};
+pub use units::{BLOCK_SIZE, BlockIndex, ByteLength, ByteOffset, Epoch, Extent, Seq, SnapshotId, StoreId, Term, VolumeId, VolumeSize};

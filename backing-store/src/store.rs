@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::buffer::SharedBuffer;
 use crate::checksum::Checksum;
-use crate::units::{BLOCK_SIZE, BlockIndex, ByteLength, Extent, Seq, StoreId, Term, VolumeId, VolumeSize};
+use crate::units::{BLOCK_SIZE, BlockIndex, ByteLength, Epoch, Extent, Seq, SnapshotId, StoreId, Term, VolumeId, VolumeSize};
 
 /// What a replica is of, fixed at its creation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,6 +89,8 @@ pub enum Operation {
     Read {
         /// Which blocks.
         extent: Extent,
+        /// Of which snapshot; `None` for the volume as it is now.
+        snapshot: Option<SnapshotId>,
     },
     /// Puts everything completed before on stable media.
     Sync,
@@ -105,6 +107,89 @@ pub enum Operation {
         /// Exclusive bound.
         after: Seq,
     },
+    /// Raises the volume's epoch by one: later writes carry the new one. Durable when done.
+    RaiseEpoch,
+    /// Keeps the volume as it is after all writes submitted before, under this identity, then raises the epoch. Durable when
+    /// done. Making the newest snapshot again changes nothing.
+    Snapshot {
+        /// Its identity.
+        snapshot: SnapshotId,
+    },
+    /// Forgets a snapshot; its space comes back in the background. Durable when done. Deleting one that isn't there changes
+    /// nothing.
+    DeleteSnapshot {
+        /// Which.
+        snapshot: SnapshotId,
+    },
+    /// Makes the volume what its newest snapshot is, and raises the epoch. Durable when done.
+    Revert {
+        /// Which: the newest.
+        snapshot: SnapshotId,
+    },
+    /// Makes the volume larger; the new part is a hole. Durable when done.
+    Expand {
+        /// The new size, not below the present one.
+        size: VolumeSize,
+    },
+    /// Which blocks were last written in an epoch above `from`, in ascending order, as many as fit in one answer.
+    Changed {
+        /// Exclusive bound; [`Epoch::NEVER`] gives everything that is not a hole.
+        from: Epoch,
+        /// In which snapshot; `None` for the volume as it is now.
+        snapshot: Option<SnapshotId>,
+        /// Blocks before this one are left out.
+        start: BlockIndex,
+    },
+    /// Reads back and verifies up to `blocks` blocks that are not holes, from `start` on, snapshots left out.
+    Scrub {
+        /// Where to begin.
+        start: BlockIndex,
+        /// How many blocks to read at most (1 to [`BLOCKS_MAX`]).
+        blocks: u64,
+    },
+}
+
+/// A run of blocks that were written, or made zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChangedExtent {
+    /// Which blocks.
+    pub extent: Extent,
+    /// Whether they are zeros (a tombstone) rather than data.
+    pub zeroes: bool,
+}
+
+/// One answer's worth of what changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChangedExtents {
+    /// In ascending order, neighbours of a kind joined; at most [`CHANGED_MAX`].
+    pub extents: Vec<ChangedExtent>,
+    /// Where to go on; `None` at the end.
+    pub next: Option<BlockIndex>,
+}
+
+/// Most extents of one [`ChangedExtents`]: 24 KiB on the wire at 12 bytes each.
+pub const CHANGED_MAX: usize = 2048;
+
+/// What a scrub found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scrubbed {
+    /// How many blocks were read and are right.
+    pub verified: u64,
+    /// Those that can't be read or fail their checksum.
+    pub bad: Vec<BlockIndex>,
+    /// Where to go on; `None` at the end of the volume.
+    pub next: Option<BlockIndex>,
+}
+
+/// A snapshot of a replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotInfo {
+    /// Its identity.
+    pub id: SnapshotId,
+    /// The epoch that it ended: blocks of this and earlier ones are in it.
+    pub epoch: Epoch,
+    /// The volume's size at that point.
+    pub size: VolumeSize,
 }
 
 /// The blocks that a read found.
@@ -146,6 +231,14 @@ pub enum Outcome {
     StateSet,
     /// `LoggedAfter` found these.
     Logged(LoggedExtents),
+    /// `RaiseEpoch`, `Snapshot` or `Revert` is done and durable: later writes carry this epoch.
+    Epoch(Epoch),
+    /// `DeleteSnapshot` or `Expand` is done and durable.
+    Done,
+    /// `Changed` found these.
+    Changed(ChangedExtents),
+    /// `Scrub` found this.
+    Scrubbed(Scrubbed),
 }
 
 /// A finished operation.
@@ -159,15 +252,34 @@ pub struct Completion {
     pub result: Result<Outcome, StoreError>,
 }
 
-/// How full a store is, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// How full a store is, in bytes. Of a whole store, `capacity` is the sum of all others but `reserved`, which says how much of
+/// `free` is promised.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreUsage {
-    /// What the file system underneath holds in all.
+    /// What the store can hold in all.
     pub capacity: ByteLength,
-    /// What is still free for new replicas.
+    /// What is not in use now.
     pub free: ByteLength,
-    /// What Carrick's replicas have reserved.
+    /// The part of `free` that is promised: to volumes, up to their sizes, and to the store's own work.
     pub reserved: ByteLength,
+    /// What volumes hold as they are now.
+    pub used: ByteLength,
+    /// What only snapshots hold.
+    pub snapshots: ByteLength,
+    /// What was given up and comes back by itself, in the background.
+    pub reclaimable: ByteLength,
+    /// What the store itself takes: superblocks, journal, maps.
+    pub metadata: ByteLength,
+    /// Blocks that are never used again, since they could not be read or written.
+    pub bad: ByteLength,
+}
+
+impl StoreUsage {
+    /// What new volumes can have.
+    #[must_use]
+    pub const fn available(&self) -> ByteLength {
+        ByteLength::new(self.free.get().saturating_sub(self.reserved.get()))
+    }
 }
 
 /// One disk's replicas.
@@ -191,14 +303,29 @@ pub trait ReplicaStore {
     /// [`StoreError::Conflict`] if there is one of another size; [`StoreError::NoSpace`]; I/O.
     fn create(&mut self, spec: ReplicaSpec) -> Result<(), StoreError>;
 
-    /// Deletes a replica, durably. Deleting one that isn't there changes nothing.
+    /// Makes a replica whose content is that of a snapshot of another volume in this store, durably; nothing is copied. The
+    /// snapshot can't be deleted while the clone exists. Making the same one again changes nothing.
     ///
     /// # Errors
-    /// I/O.
+    /// [`StoreError::UnknownVolume`], [`StoreError::UnknownSnapshot`], [`StoreError::Conflict`]; [`StoreError::Misuse`] if the
+    /// size is below the snapshot's; [`StoreError::NoSpace`]; I/O.
+    fn clone_snapshot(&mut self, origin: VolumeId, snapshot: SnapshotId, spec: ReplicaSpec) -> Result<(), StoreError>;
+
+    /// Deletes a replica with its snapshots, durably; the space comes back in the background. Deleting one that isn't there
+    /// changes nothing.
+    ///
+    /// # Errors
+    /// [`StoreError::SnapshotInUse`] if a clone of one of its snapshots exists; I/O.
     fn delete(&mut self, volume: VolumeId) -> Result<(), StoreError>;
 
     /// The replicas here, as they were found when the store was opened or created since.
     fn replicas(&self) -> Vec<OpenedReplica>;
+
+    /// A replica's snapshots, oldest first.
+    ///
+    /// # Errors
+    /// [`StoreError::UnknownVolume`].
+    fn snapshots(&self, volume: VolumeId) -> Result<Vec<SnapshotInfo>, StoreError>;
 
     /// How full it is.
     ///
@@ -227,10 +354,21 @@ impl Operation {
     /// again because the answer to a mistake must never be a write beside the data.
     pub(crate) fn misuse(&self, size: VolumeSize) -> Option<&'static str> {
         let (extent, blocks_max) = match self {
-            Self::Write { extent, .. } | Self::Read { extent } => (*extent, BLOCKS_MAX),
+            Self::Write { extent, .. } | Self::Read { extent, .. } => (*extent, BLOCKS_MAX),
             Self::WriteZeroes { extent, .. } => (*extent, u64::MAX),
             Self::SetState { position: Some(position), .. } if *position > SEQ_MAX => return Some("a position is over 2^62"),
-            Self::Sync | Self::SetState { .. } | Self::LoggedAfter { .. } => return None,
+            Self::Scrub { blocks, .. } if *blocks == 0 || *blocks > BLOCKS_MAX => return Some("a scrub is of 1 to 512 blocks"),
+            Self::Expand { size: new } if *new < size => return Some("a volume can't shrink"),
+            Self::Sync
+            | Self::SetState { .. }
+            | Self::LoggedAfter { .. }
+            | Self::RaiseEpoch
+            | Self::Snapshot { .. }
+            | Self::DeleteSnapshot { .. }
+            | Self::Revert { .. }
+            | Self::Expand { .. }
+            | Self::Changed { .. }
+            | Self::Scrub { .. } => return None,
         };
         if !extent.is_block_aligned() {
             return Some("an extent is not whole blocks");
@@ -299,6 +437,36 @@ pub enum StoreError {
     /// No such replica.
     #[error("no replica of volume {0} in this store")]
     UnknownVolume(VolumeId),
+    /// No such snapshot.
+    #[error("volume {volume} has no snapshot {snapshot} in this store")]
+    UnknownSnapshot {
+        /// Whose.
+        volume: VolumeId,
+        /// Which.
+        snapshot: SnapshotId,
+    },
+    /// Something depends on a snapshot.
+    #[error("snapshot {snapshot} of volume {volume} is in use by {by}: {advice}")]
+    SnapshotInUse {
+        /// Whose.
+        volume: VolumeId,
+        /// Which.
+        snapshot: SnapshotId,
+        /// Who uses it.
+        by: String,
+        /// What to do about it.
+        advice: &'static str,
+    },
+    /// A fixed bound of the store is reached.
+    #[error("store {path} already has {limit} {what}, which is its limit")]
+    Limit {
+        /// Where.
+        path: PathBuf,
+        /// Of what.
+        what: &'static str,
+        /// How many.
+        limit: u64,
+    },
     /// An earlier sync failed.
     #[error("a write to stable media failed earlier on this replica of volume {0}; restart carrick-replica to look at it afresh")]
     Poisoned(VolumeId),

@@ -60,6 +60,40 @@ quantity! {
     ByteLength
 }
 
+impl Epoch {
+    /// What a new replica's first writes carry. 0 is the epoch of blocks that were never written.
+    pub const FIRST: Self = Self(1);
+    /// Never written.
+    pub const NEVER: Self = Self(0);
+
+    /// Wraps a raw number.
+    #[must_use]
+    pub const fn new(raw: u32) -> Self {
+        Self(raw)
+    }
+
+    /// The raw number.
+    #[must_use]
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+
+    /// The one that follows. `None` when the counter is used up (after 2^32 snapshots and losses of replicas).
+    #[must_use]
+    pub const fn next(self) -> Option<Self> {
+        match self.0.checked_add(1) {
+            Some(next) => Some(Self(next)),
+            None => None,
+        }
+    }
+}
+
+impl fmt::Display for Epoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 impl Seq {
     /// The sequence that follows.
     #[must_use]
@@ -83,6 +117,12 @@ impl ByteOffset {
         BlockIndex(self.0 / BLOCK_SIZE as u64)
     }
 }
+
+/// A store's birth counter per volume: every block remembers the epoch of its last write. Raised at snapshots and when a replica
+/// is lost, so that "what changed since then" is a walk over what is younger.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Epoch(u32);
 
 /// A primary's fencing number: a counter in the upper 32 bits and a nonce, random per attempt, in the lower 32, compared in
 /// that order, so that two attempts never share a term. 0 means "none yet".
@@ -166,6 +206,10 @@ macro_rules! identity {
 identity! {
     /// Identity of a volume, for ever.
     VolumeId
+}
+identity! {
+    /// Identity of a snapshot of a volume, the same on all its replicas.
+    SnapshotId
 }
 identity! {
     /// Identity of a store: one disk's replica storage.

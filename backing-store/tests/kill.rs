@@ -138,7 +138,7 @@ fn verify(path: &Path, acknowledged: u64, durable: u64) -> u64 {
         panic!("a kill does not lose the log")
     };
     for block in 0..BLOCKS {
-        let data = match run(&mut store, Operation::Read { extent: extent(block, 1) }) {
+        let data = match run(&mut store, Operation::Read { extent: extent(block, 1), snapshot: None }) {
             Outcome::Read(ReadData::Zeroes) => vec![0; 4096],
             Outcome::Read(ReadData::Blocks { data, .. }) => data.to_vec(),
             other => panic!("{other:?}"),

@@ -151,6 +151,7 @@ fn replica_answer(path: &Path, run: &RunDirectory, store: StoreId, request: &Rep
                     capacity: ByteLength::new(CAPACITY),
                     free: ByteLength::new(CAPACITY - reserved),
                     reserved: ByteLength::new(reserved),
+                    ..StoreUsage::default()
                 },
                 replicas: there.into_iter().map(report).collect(),
             }))

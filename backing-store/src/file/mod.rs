@@ -31,8 +31,8 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::store::{Completion, OpenedReplica, Operation, ReplicaSpec, ReplicaStore, StoreError, StoreUsage, Token};
-use crate::units::{ByteLength, StoreId, VolumeId};
+use crate::store::{Completion, OpenedReplica, Operation, ReplicaSpec, ReplicaStore, SnapshotInfo, StoreError, StoreUsage, Token};
+use crate::units::{ByteLength, SnapshotId, StoreId, VolumeId};
 
 use disk::{Folder, SystemFolder};
 use format::{BootId, Header, Layout};
@@ -43,6 +43,8 @@ use worker::{ReadJob, SyncJob, Workers, WriteJob};
 
 /// The most operations between `submit` and `reap`. The session keeps far below it; more is a leak.
 const MAX_QUEUED: usize = 65_536;
+/// What this store is not made for.
+const NO_SNAPSHOTS: &str = "keep epochs and snapshots in files";
 /// The end of the name of a file that is being made. One that is found at a start was never finished.
 const UNFINISHED: &str = ".new";
 
@@ -266,6 +268,10 @@ impl ReplicaStore for FileStore {
         }
     }
 
+    fn clone_snapshot(&mut self, _origin: VolumeId, _snapshot: SnapshotId, _spec: ReplicaSpec) -> Result<(), StoreError> {
+        Err(StoreError::Unsupported { path: self.path.clone(), action: NO_SNAPSHOTS })
+    }
+
     fn delete(&mut self, volume: VolumeId) -> Result<(), StoreError> {
         let name = volume.to_string();
         match self.folder.remove(&name) {
@@ -284,11 +290,21 @@ impl ReplicaStore for FileStore {
         self.replicas.values().map(|replica| replica.opened()).collect()
     }
 
+    fn snapshots(&self, volume: VolumeId) -> Result<Vec<SnapshotInfo>, StoreError> {
+        self.replicas.get(&volume).map(|_| Vec::new()).ok_or(StoreError::UnknownVolume(volume))
+    }
+
     fn usage(&self) -> Result<StoreUsage, StoreError> {
         let space = self.folder.space().map_err(|source| io_error("ask the free space of", &self.path, source))?;
         let served = self.replicas.values().map(|replica| replica.reserved());
-        let reserved = served.chain(self.unusable.values().map(|unusable| unusable.reserved)).sum();
-        Ok(StoreUsage { capacity: ByteLength::new(space.capacity), free: ByteLength::new(space.free), reserved: ByteLength::new(reserved) })
+        let used = served.chain(self.unusable.values().map(|unusable| unusable.reserved)).sum();
+        // The files have all their space from the beginning, so that nothing of what is free is promised.
+        Ok(StoreUsage {
+            capacity: ByteLength::new(space.capacity),
+            free: ByteLength::new(space.free),
+            used: ByteLength::new(used),
+            ..StoreUsage::default()
+        })
     }
 
     fn submit(&mut self, volume: VolumeId, token: Token, operation: Operation) {
@@ -307,7 +323,10 @@ impl ReplicaStore for FileStore {
             return self.workers.complete(volume, token, Err(StoreError::Misuse { volume, reason }));
         }
         match operation {
-            Operation::Read { extent } => self.workers.read(ReadJob { id, replica, token, extent }),
+            Operation::Read { snapshot: Some(snapshot), .. } => {
+                self.workers.complete(volume, token, Err(StoreError::UnknownSnapshot { volume, snapshot }));
+            }
+            Operation::Read { extent, snapshot: None } => self.workers.read(ReadJob { id, replica, token, extent }),
             Operation::Sync => self.workers.sync(SyncJob { replica, token }),
             operation => self.workers.write(WriteJob { id, replica, token, operation }),
         }

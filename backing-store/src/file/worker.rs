@@ -16,6 +16,7 @@ use crate::buffer::BufferPool;
 use crate::store::{Completion, Operation, Outcome, ReadData, StoreError, Token};
 use crate::units::{Extent, VolumeId};
 
+use super::NO_SNAPSHOTS;
 use super::order::OperationId;
 use super::replica::{BlockWrite, Replica, lock};
 use super::replica_file::Patience;
@@ -302,6 +303,7 @@ fn other(job: &WriteJob) -> Result<Outcome, StoreError> {
         Operation::Write { .. } | Operation::WriteZeroes { .. } | Operation::Read { .. } | Operation::Sync => {
             Err(StoreError::Misuse { volume: job.replica.spec().volume, reason: "it is not for the writer thread" })
         }
+        _ => Err(StoreError::Unsupported { path: job.replica.spec().volume.to_string().into(), action: NO_SNAPSHOTS }),
     }
 }
 

@@ -15,8 +15,8 @@ use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
 use crate::buffer::BufferPool;
-use crate::store::{Completion, OpenedReplica, Operation, ReplicaSpec, ReplicaStore, StoreError, StoreUsage, Token};
-use crate::units::{BlockIndex, ByteLength, StoreId, VolumeId};
+use crate::store::{Completion, OpenedReplica, Operation, ReplicaSpec, ReplicaStore, SnapshotInfo, StoreError, StoreUsage, Token};
+use crate::units::{BlockIndex, ByteLength, SnapshotId, StoreId, VolumeId};
 
 use replica::Replica;
 
@@ -203,6 +203,10 @@ impl ReplicaStore for MemoryStore {
         Ok(())
     }
 
+    fn clone_snapshot(&mut self, origin: VolumeId, snapshot: SnapshotId, _spec: ReplicaSpec) -> Result<(), StoreError> {
+        Err(StoreError::UnknownSnapshot { volume: origin, snapshot })
+    }
+
     fn delete(&mut self, volume: VolumeId) -> Result<(), StoreError> {
         if let Some(replica) = self.replicas.remove(&volume) {
             let unknown = |token| Completion { volume, token, result: Err(StoreError::UnknownVolume(volume)) };
@@ -215,10 +219,20 @@ impl ReplicaStore for MemoryStore {
         self.replicas.values().map(Replica::opened).collect()
     }
 
+    fn snapshots(&self, volume: VolumeId) -> Result<Vec<SnapshotInfo>, StoreError> {
+        self.replicas.get(&volume).map(|_| Vec::new()).ok_or(StoreError::UnknownVolume(volume))
+    }
+
     fn usage(&self) -> Result<StoreUsage, StoreError> {
         let reserved = self.reserved();
         let free = ByteLength::new(self.capacity.get().saturating_sub(reserved));
-        Ok(StoreUsage { capacity: self.capacity, free, reserved: ByteLength::new(reserved) })
+        Ok(StoreUsage {
+            capacity: self.capacity,
+            free,
+            reserved: ByteLength::ZERO,
+            used: ByteLength::new(reserved),
+            ..StoreUsage::default()
+        })
     }
 
     fn submit(&mut self, volume: VolumeId, token: Token, operation: Operation) {

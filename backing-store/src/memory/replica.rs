@@ -101,7 +101,7 @@ impl Replica {
                 self.position = seq.unwrap_or(self.position);
                 Ok(Outcome::Written)
             }
-            Operation::Read { extent } => self.read(extent, pool).map(Outcome::Read),
+            Operation::Read { extent, .. } => self.read(extent, pool).map(Outcome::Read),
             Operation::Sync => self.sync(self.position).map(|()| Outcome::Synced { durable: self.durable }),
             Operation::SetState { state, position } => {
                 self.sync(position.unwrap_or(self.position))?;
@@ -114,6 +114,7 @@ impl Replica {
                 Ok(Outcome::StateSet)
             }
             Operation::LoggedAfter { after } => Ok(Outcome::Logged(self.logged_after(after))),
+            _ => Err(StoreError::Misuse { volume, reason: "the memory store can't do that yet" }),
         }
     }
 
@@ -304,11 +305,12 @@ fn must_follow(earlier: &Operation, later: &Operation) -> bool {
             Write { seq: a, extent: x, .. } | WriteZeroes { seq: a, extent: x },
             Write { seq: b, extent: y, .. } | WriteZeroes { seq: b, extent: y },
         ) => (a.is_some() && b.is_some()) || x.overlaps(*y),
-        (Write { extent: x, .. } | WriteZeroes { extent: x, .. }, Read { extent: y })
-        | (Read { extent: x }, Write { extent: y, .. } | WriteZeroes { extent: y, .. }) => x.overlaps(*y),
+        (Write { extent: x, .. } | WriteZeroes { extent: x, .. }, Read { extent: y, .. })
+        | (Read { extent: x, .. }, Write { extent: y, .. } | WriteZeroes { extent: y, .. }) => x.overlaps(*y),
         (Read { .. } | Sync, _) | (_, Read { .. } | Sync) => false,
         // The log, the position and the state are one thing: what changes or reads them goes in order.
         (Write { .. } | WriteZeroes { .. } | SetState { .. } | LoggedAfter { .. }, SetState { .. } | LoggedAfter { .. })
         | (SetState { .. } | LoggedAfter { .. }, Write { .. } | WriteZeroes { .. }) => true,
+        _ => false,
     }
 }

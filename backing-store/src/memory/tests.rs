@@ -36,7 +36,7 @@ fn run(store: &mut MemoryStore, operation: Operation) -> Result<Outcome, StoreEr
 
 /// The first byte of a block (all bytes are the same), 0 for a hole.
 fn read(store: &mut MemoryStore, block: u64) -> u8 {
-    match run(store, Operation::Read { extent: extent(block, 1) }).unwrap() {
+    match run(store, Operation::Read { extent: extent(block, 1), snapshot: None }).unwrap() {
         Outcome::Read(ReadData::Zeroes) => 0,
         Outcome::Read(ReadData::Blocks { data, .. }) => data[0],
         other => panic!("{other:?}"),
@@ -137,8 +137,8 @@ fn manual_completion_allows_exactly_the_orders_of_the_contract() {
     let mut store = store().with_manual_completion();
     store.submit(VOLUME, Token(1), write(Some(1), 0, 1, 5));
     store.submit(VOLUME, Token(2), write(Some(2), 4, 1, 5));
-    store.submit(VOLUME, Token(3), Operation::Read { extent: extent(0, 1) });
-    store.submit(VOLUME, Token(4), Operation::Read { extent: extent(8, 1) });
+    store.submit(VOLUME, Token(3), Operation::Read { extent: extent(0, 1), snapshot: None });
+    store.submit(VOLUME, Token(4), Operation::Read { extent: extent(8, 1), snapshot: None });
     store.submit(VOLUME, Token(5), Operation::Sync);
     store.submit(VOLUME, Token(6), write(None, 8, 1, 5));
     store.submit(VOLUME, Token(7), Operation::LoggedAfter { after: Seq::ZERO });
@@ -160,7 +160,7 @@ fn a_failed_sync_poisons_until_the_store_is_opened_again() {
     run(&mut store, write(Some(1), 0, 1, 5)).unwrap();
     store.fail_next_sync(VOLUME);
     assert!(matches!(run(&mut store, Operation::Sync), Err(StoreError::Io { .. })));
-    assert!(matches!(run(&mut store, Operation::Read { extent: extent(0, 1) }), Err(StoreError::Poisoned(_))));
+    assert!(matches!(run(&mut store, Operation::Read { extent: extent(0, 1), snapshot: None }), Err(StoreError::Poisoned(_))));
     store.crash(PowerLoss::No, 1);
     assert_eq!((store.replicas()[0].position, store.replicas()[0].state.content), (Seq::ZERO, Content::Mixed));
     assert!(matches!(run(&mut store, Operation::Sync), Ok(Outcome::Synced { .. })));
@@ -181,7 +181,7 @@ fn corruption_is_found_and_a_full_store_refuses() {
     let mut store = store();
     run(&mut store, write(None, 3, 1, 5)).unwrap();
     assert!(store.corrupt_block(VOLUME, BlockIndex::new(3)) && !store.corrupt_block(VOLUME, BlockIndex::new(4)));
-    let found = run(&mut store, Operation::Read { extent: extent(2, 3) });
+    let found = run(&mut store, Operation::Read { extent: extent(2, 3), snapshot: None });
     assert!(matches!(found, Err(StoreError::Corrupt { block, .. }) if block == BlockIndex::new(3)));
     store.set_capacity(ByteLength::new(BLOCKS * 4096 + 4096));
     let size = |blocks: u64| VolumeSize::new(blocks * 4096).unwrap();

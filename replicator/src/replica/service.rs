@@ -201,7 +201,7 @@ fn take_token(next: &mut u64) -> Token {
 fn operation_bytes(operation: &Operation) -> usize {
     match operation {
         Operation::Write { data, .. } => data.len(),
-        Operation::Read { extent } => usize::try_from(extent.length().get()).unwrap_or(OPERATION_BYTES_MAX),
+        Operation::Read { extent, .. } => usize::try_from(extent.length().get()).unwrap_or(OPERATION_BYTES_MAX),
         _ => 0,
     }
 }

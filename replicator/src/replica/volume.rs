@@ -202,7 +202,7 @@ impl VolumeReplica {
             Kind::Log => self.submit(connection, header, Operation::LoggedAfter { after: header.sequence }, token),
             Kind::Read => {
                 if let Some(extent) = header.extent() {
-                    self.submit(connection, header, Operation::Read { extent }, token);
+                    self.submit(connection, header, Operation::Read { extent, snapshot: None }, token);
                 }
             }
             Kind::Ping => {
@@ -353,6 +353,8 @@ impl VolumeReplica {
                 let extents = if self.failure.is_some() { LoggedExtents::Forgotten } else { extents };
                 self.answer(connection, Header { kind: Kind::LogAnswer, ..request }, Body::Log(LogAnswer { extents }));
             }
+            // Nothing here asks for these yet.
+            Outcome::Epoch(_) | Outcome::Done | Outcome::Changed(_) | Outcome::Scrubbed(_) => {}
         }
     }
 

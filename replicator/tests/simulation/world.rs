@@ -252,7 +252,7 @@ impl World {
 
     fn read_store(&mut self, index: usize) -> Result<Vec<u8>, String> {
         let store = &mut self.machines[index].store;
-        store.submit(volume(), Token(u64::MAX), Operation::Read { extent: size().extent() });
+        store.submit(volume(), Token(u64::MAX), Operation::Read { extent: size().extent(), snapshot: None });
         store.complete_all();
         let mut completions = Vec::new();
         store.reap(&mut completions);

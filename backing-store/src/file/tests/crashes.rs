@@ -136,7 +136,7 @@ impl Model {
             Step::Read { first, count } => {
                 let blocks = &self.blocks[usize::try_from(first).unwrap()..usize::try_from(first + count).unwrap()];
                 expected = Some(blocks.iter().flat_map(|values| values.last().unwrap().bytes.clone()).collect());
-                Operation::Read { extent: extent(first, count) }
+                Operation::Read { extent: extent(first, count), snapshot: None }
             }
             Step::Sync => Operation::Sync,
             Step::SetState { content, position } => {
@@ -218,7 +218,7 @@ impl Model {
                     self.synced(operation);
                     states += 1;
                 }
-                Ok(Outcome::Logged(_)) => unreachable!(),
+                Ok(_) => unreachable!(),
             }
         }
         // States are set in order, and each voids those before it.

@@ -151,7 +151,7 @@ fn a_truncated_or_misplaced_file_is_refused_and_others_are_served() {
         folder.put(&other.to_string(), bytes[..length].to_vec());
         let store = open(&folder);
         assert_eq!((store.unusable().count(), store.replicas().len()), (1, 1), "{length} bytes");
-        assert!(store.usage().unwrap().reserved.get() >= length as u64);
+        assert!(store.usage().unwrap().used.get() >= length as u64);
     }
     folder.put(&other.to_string(), bytes);
     let mut store = open(&folder);
@@ -219,7 +219,9 @@ fn a_failed_sync_ends_the_replicas_service_and_is_not_believed_later() {
                     continue;
                 }
                 assert!(matches!(result, Err(StoreError::Io { .. })));
-                for refused in [Operation::Sync, Operation::Read { extent: extent(0, 1) }, write(Some(3), 0, 1, 7), operation()] {
+                for refused in
+                    [Operation::Sync, Operation::Read { extent: extent(0, 1), snapshot: None }, write(Some(3), 0, 1, 7), operation()]
+                {
                     assert!(matches!(run(&mut store, refused), Err(StoreError::Poisoned(_))));
                 }
                 drop(store);

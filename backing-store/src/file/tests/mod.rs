@@ -91,7 +91,7 @@ fn run(store: &mut dyn ReplicaStore, operation: Operation) -> Result<Outcome, St
 
 /// The bytes of blocks, with holes as zeros; checks that the checksums given with them are right.
 fn read(store: &mut dyn ReplicaStore, first: u64, count: u64) -> Result<Vec<u8>, StoreError> {
-    match run(store, Operation::Read { extent: extent(first, count) })? {
+    match run(store, Operation::Read { extent: extent(first, count), snapshot: None })? {
         Outcome::Read(ReadData::Zeroes) => Ok(vec![0; usize::try_from(count).unwrap() * BLOCK]),
         Outcome::Read(ReadData::Blocks { checksums, data }) => {
             assert_eq!(checksums.len() as u64, count);

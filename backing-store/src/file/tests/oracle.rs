@@ -104,7 +104,7 @@ fn operation(step: Step, position: u64, number: usize) -> Option<Operation> {
     Some(match step {
         Step::Write { logged, first, count } => write(seq(logged), first, count, u8::try_from(number % 250).unwrap() + 1),
         Step::Zero { logged, first, count } => zeroes(seq(logged), first, count),
-        Step::Read { first, count } => Operation::Read { extent: extent(first, count) },
+        Step::Read { first, count } => Operation::Read { extent: extent(first, count), snapshot: None },
         Step::Sync => Operation::Sync,
         Step::SetState { content, position } => set_state(number as u64, content, position),
         Step::LoggedAfter { after } => Operation::LoggedAfter { after: Seq::new(after) },

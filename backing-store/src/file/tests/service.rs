@@ -88,7 +88,7 @@ fn reads_see_all_writes_before_them_and_none_after() {
     for round in 0..500_u64 {
         let fill = u8::try_from(round % 250).unwrap() + 1;
         store.submit(VOLUME, Token(0), write(Some(round * 2 + 1), 0, 64, fill));
-        store.submit(VOLUME, Token(1), Operation::Read { extent: extent(round % 60, 4) });
+        store.submit(VOLUME, Token(1), Operation::Read { extent: extent(round % 60, 4), snapshot: None });
         store.submit(VOLUME, Token(2), write(Some(round * 2 + 2), 0, 64, fill + 1));
         store.submit(VOLUME, Token(3), Operation::Sync);
         let mut done = wait(&mut store, 4);
@@ -128,10 +128,10 @@ fn creation_needs_room_and_deletion_gives_it_back() {
     assert_eq!(fs::read_dir(path.join("replicas")).unwrap().count(), 0);
     store.create(spec(1 << 14)).unwrap();
     assert!(matches!(store.create(spec(1)), Err(StoreError::Conflict { .. })));
-    assert!(store.usage().unwrap().reserved.get() > 64 << 20);
+    assert!(store.usage().unwrap().used.get() > 64 << 20);
     store.delete(VOLUME).unwrap();
     store.delete(VOLUME).unwrap();
-    assert_eq!((store.usage().unwrap().reserved, store.replicas().len()), (ByteLength::ZERO, 0));
+    assert_eq!((store.usage().unwrap().used, store.replicas().len()), (ByteLength::ZERO, 0));
     assert!(matches!(run(&mut store, Operation::Sync), Err(StoreError::UnknownVolume(_))));
     fs::write(path.join("replicas").join(format!("{VOLUME}.new")), "half").unwrap();
     drop(store);
