@@ -5,6 +5,8 @@
 
 pub mod buffer;
 pub mod checksum;
+mod dice;
+pub mod disk;
 pub mod file;
 pub mod memory;
 pub mod store;

@@ -64,7 +64,7 @@ pub struct OpenedReplica {
 pub struct Token(pub u64);
 
 /// Work for a store. Extents are block-aligned and within the volume: the session checked them.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Operation {
     /// Puts blocks. With a sequence (a live write): the replica's position advances to it when it is done, and the extent is
     /// logged before the first byte changes. Without one (a copied block): the position stays.
@@ -110,7 +110,7 @@ pub enum Operation {
     /// Raises the volume's epoch by one: later writes carry the new one. Durable when done.
     RaiseEpoch,
     /// Keeps the volume as it is after all writes submitted before, under this identity, then raises the epoch. Durable when
-    /// done. Making the newest snapshot again changes nothing.
+    /// done. Making the newest snapshot again changes nothing and gives the same epoch; an older one can't be made again.
     Snapshot {
         /// Its identity.
         snapshot: SnapshotId,
@@ -121,7 +121,8 @@ pub enum Operation {
         /// Which.
         snapshot: SnapshotId,
     },
-    /// Makes the volume what its newest snapshot is, and raises the epoch. Durable when done.
+    /// Makes the blocks what they are in the newest snapshot, and raises the epoch; the size stays, as do the position and the
+    /// log. Durable when done.
     Revert {
         /// Which: the newest.
         snapshot: SnapshotId,
@@ -131,7 +132,8 @@ pub enum Operation {
         /// The new size, not below the present one.
         size: VolumeSize,
     },
-    /// Which blocks were last written in an epoch above `from`, in ascending order, as many as fit in one answer.
+    /// Which blocks were last written in an epoch above `from`, in ascending order, as many as fit in one answer. Epochs before
+    /// a revert may be forgotten: [`StoreError::EpochForgotten`].
     Changed {
         /// Exclusive bound; [`Epoch::NEVER`] gives everything that is not a hole.
         from: Epoch,
@@ -288,7 +290,10 @@ impl StoreUsage {
 /// without waiting for the disk.
 ///
 /// **Order:** operations of one volume that overlap take effect in the order of submission; a read sees every write submitted
-/// before it. Writes with a sequence complete in sequence order. Other operations may complete in any order.
+/// before it. `Changed` and `Scrub` are reads of the whole volume; what looks at a snapshot overlaps no write. `SetState` and
+/// `LoggedAfter` overlap every write and each other. What changes epochs, snapshots or the size (`RaiseEpoch`, `Snapshot`,
+/// `DeleteSnapshot`, `Revert`, `Expand`) overlaps everything but `Sync`. Writes with a sequence complete in sequence order. Other
+/// operations may complete in any order.
 ///
 /// **After an error:** a failed `Write` leaves its extent undefined (old, new or a mixture, found by checksum) and the
 /// position where it was; the session takes no more writes. After a failed `Sync` or `SetState` the replica refuses every
@@ -303,8 +308,9 @@ pub trait ReplicaStore {
     /// [`StoreError::Conflict`] if there is one of another size; [`StoreError::NoSpace`]; I/O.
     fn create(&mut self, spec: ReplicaSpec) -> Result<(), StoreError>;
 
-    /// Makes a replica whose content is that of a snapshot of another volume in this store, durably; nothing is copied. The
-    /// snapshot can't be deleted while the clone exists. Making the same one again changes nothing.
+    /// Makes a replica whose content is that of a snapshot of another volume in this store, durably; nothing is copied. Blocks keep
+    /// their epochs; the clone's own first writes carry the one after the snapshot's. The snapshot can't be deleted while the
+    /// clone exists. Making the same one again changes nothing.
     ///
     /// # Errors
     /// [`StoreError::UnknownVolume`], [`StoreError::UnknownSnapshot`], [`StoreError::Conflict`]; [`StoreError::Misuse`] if the
@@ -457,6 +463,19 @@ pub enum StoreError {
         /// What to do about it.
         advice: &'static str,
     },
+    /// A volume was reverted, so that its epochs don't tell what changed since one before that.
+    #[error(
+        "what changed in volume {volume} since epoch {from} is not known, since the volume was reverted; epochs from {oldest} on \
+         tell: compare everything"
+    )]
+    EpochForgotten {
+        /// Whose.
+        volume: VolumeId,
+        /// The epoch asked for.
+        from: Epoch,
+        /// The first one after it that can be asked for.
+        oldest: Epoch,
+    },
     /// A fixed bound of the store is reached.
     #[error("store {path} already has {limit} {what}, which is its limit")]
     Limit {
@@ -481,6 +500,27 @@ pub enum StoreError {
     /// Another process has it.
     #[error("store {0} is in use by another carrick-replica process")]
     InUse(PathBuf),
+    /// Somebody has the whole device.
+    #[error("device {0} is in use: it is mounted, a part of another device, or served by another carrick-replica process")]
+    DeviceInUse(PathBuf),
+    /// A store can't be made where something else is.
+    #[error("no store can be made in {path}: {reason}")]
+    Occupied {
+        /// Where.
+        path: PathBuf,
+        /// What is there, and what to do about it.
+        reason: String,
+    },
+    /// A store can't be of this size.
+    #[error("no store of {given} bytes can be made in {path}: {reason}")]
+    StoreSize {
+        /// Where.
+        path: PathBuf,
+        /// The size that was given, or found.
+        given: ByteLength,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Written by a newer version.
     #[error("{path} has format {found}, this program knows up to {known}: upgrade carrick-replica")]
     UnknownFormat {

@@ -8,17 +8,23 @@
 //! * With [`MemoryStore::with_manual_completion`] operations queue up and take effect, whole, when the simulation says so, in any
 //!   order that the contract of [`ReplicaStore`] allows. A crash then meets operations in flight.
 
+mod order;
 mod replica;
+mod runs;
+mod snapshots;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::buffer::BufferPool;
+use crate::dice::Dice;
 use crate::store::{Completion, OpenedReplica, Operation, ReplicaSpec, ReplicaStore, SnapshotInfo, StoreError, StoreUsage, Token};
-use crate::units::{BlockIndex, ByteLength, SnapshotId, StoreId, VolumeId};
+use crate::units::{BLOCK_SIZE, BlockIndex, ByteLength, SnapshotId, StoreId, VolumeId};
 
-use replica::Replica;
+use replica::{Replica, Value};
+use runs::Runs;
 
 /// How many extents a replica's log remembers unless told otherwise: as many as a `FileStore`'s.
 const LOG_CAPACITY: usize = 65_536;
@@ -35,22 +41,6 @@ pub enum PowerLoss {
     /// What was not on stable media: of each block written since the last sync, any of the values since then may be what is
     /// found, and the position falls back to the durable one.
     Yes,
-}
-
-/// A small seeded generator (splitmix64), so that a seed replays on every version of every library.
-#[derive(Clone, Copy, Debug)]
-struct Dice(u64);
-
-impl Dice {
-    /// A number below `bound`; 0 if that is 0.
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^= mixed >> 31;
-        usize::try_from(mixed % (bound.max(1) as u64)).unwrap_or(0)
-    }
 }
 
 /// A store in memory. See the module's text.
@@ -90,6 +80,12 @@ impl MemoryStore {
             finished: Vec::new(),
             pool: BufferPool::new(POOL_KEEP),
         }
+    }
+
+    /// Another store that is what this one is now, operations in flight included, completions that were not reaped left out.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        Self { replicas: self.replicas.clone(), finished: Vec::new(), pool: BufferPool::new(POOL_KEEP), ..*self }
     }
 
     /// Lets operations wait until [`MemoryStore::complete_one`] or [`MemoryStore::complete_next`] is called.
@@ -172,15 +168,59 @@ impl MemoryStore {
     /// in flight some may have taken effect, in order; the next write of a volume perhaps in part, block by block, its extent
     /// logged; `seed` decides. A replica whose sync had failed comes back as after a loss of power in any case.
     pub fn crash(&mut self, power_loss: PowerLoss, seed: u64) {
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         self.finished.clear();
         for (volume, replica) in &mut self.replicas {
             replica.crash(*volume, power_loss, &mut dice, &self.pool);
         }
     }
 
+    /// The clones of a snapshot.
+    fn clones_of(&mut self, origin: VolumeId, snapshot: SnapshotId) -> Option<&mut BTreeSet<VolumeId>> {
+        let snapshots = &mut self.replicas.get_mut(&origin)?.snapshots;
+        snapshots.iter_mut().find(|known| known.info.id == snapshot).map(|snapshot| &mut snapshot.clones)
+    }
+
+    /// How many bytes of data there are, each block counted once whoever shares it: in volumes as they are now, and in snapshots
+    /// only.
+    fn held(&self) -> (u64, u64) {
+        let distinct = |blocks: BTreeSet<usize>| blocks.len() as u64 * u64::from(BLOCK_SIZE);
+        let places = |blocks: &Runs<Value>| -> Vec<usize> {
+            blocks.iter().filter_map(|(_, value)| value.block.as_ref()).map(|block| Arc::as_ptr(&block.data).addr()).collect()
+        };
+        let live: BTreeSet<usize> = self.replicas.values().flat_map(|replica| places(&replica.blocks)).collect();
+        let snapshots = self.replicas.values().flat_map(|replica| &replica.snapshots);
+        let kept = snapshots.flat_map(|snapshot| places(&snapshot.blocks)).filter(|place| !live.contains(place)).collect();
+        (distinct(live), distinct(kept))
+    }
+
+    /// What volumes may still come to hold, in bytes.
     fn reserved(&self) -> u64 {
-        self.replicas.values().map(|replica| replica.spec.size.bytes().get()).sum()
+        let missing = |replica: &Replica| {
+            let data = replica.blocks.iter().filter(|(_, value)| value.block.is_some()).count() as u64;
+            replica.spec.size.bytes().get() - data * u64::from(BLOCK_SIZE)
+        };
+        self.replicas.values().map(missing).sum()
+    }
+
+    fn free(&self) -> u64 {
+        let (used, snapshots) = self.held();
+        self.capacity.get().saturating_sub(used + snapshots)
+    }
+
+    /// Whether so much more may be promised.
+    fn check_room(&self, needed: u64) -> Result<(), StoreError> {
+        let free = self.free().saturating_sub(self.reserved());
+        if needed <= free {
+            return Ok(());
+        }
+        Err(StoreError::NoSpace { path: PathBuf::from("memory"), needed: ByteLength::new(needed), free: ByteLength::new(free) })
+    }
+
+    /// Room is promised when an operation is submitted, not when it takes effect: a replica doesn't know of the others.
+    fn check_growth(&self, volume: VolumeId, operation: &Operation) -> Result<(), StoreError> {
+        let (Some(replica), Operation::Expand { size }) = (self.replicas.get(&volume), operation) else { return Ok(()) };
+        self.check_room(size.bytes().get().saturating_sub(replica.spec.size.bytes().get()))
     }
 }
 
@@ -195,20 +235,34 @@ impl ReplicaStore for MemoryStore {
             let found = there.spec.size.bytes();
             return if found == wanted { Ok(()) } else { Err(StoreError::Conflict { volume: spec.volume, found, wanted }) };
         }
-        let free = self.capacity.get().saturating_sub(self.reserved());
-        if wanted.get() > free {
-            return Err(StoreError::NoSpace { path: PathBuf::from("memory"), needed: wanted, free: ByteLength::new(free) });
-        }
+        self.check_room(wanted.get())?;
         self.replicas.insert(spec.volume, Replica::new(spec, self.log_capacity));
         Ok(())
     }
 
-    fn clone_snapshot(&mut self, origin: VolumeId, snapshot: SnapshotId, _spec: ReplicaSpec) -> Result<(), StoreError> {
-        Err(StoreError::UnknownSnapshot { volume: origin, snapshot })
+    fn clone_snapshot(&mut self, origin: VolumeId, snapshot: SnapshotId, spec: ReplicaSpec) -> Result<(), StoreError> {
+        if let Some(there) = self.replicas.get(&spec.volume) {
+            if there.origin == Some((origin, snapshot)) && there.spec == spec {
+                return Ok(());
+            }
+            return Err(StoreError::Conflict { volume: spec.volume, found: there.spec.size.bytes(), wanted: spec.size.bytes() });
+        }
+        let parent = self.replicas.get(&origin).ok_or(StoreError::UnknownVolume(origin))?;
+        let clone = parent.cloned(snapshot, spec, self.log_capacity)?;
+        // What came with it takes no room, but it may overwrite all of it.
+        let data = clone.blocks.iter().filter(|(_, value)| value.block.is_some()).count() as u64;
+        self.check_room(spec.size.bytes().get() - data * u64::from(BLOCK_SIZE))?;
+        self.replicas.insert(spec.volume, clone);
+        self.clones_of(origin, snapshot).map(|clones| clones.insert(spec.volume));
+        Ok(())
     }
 
     fn delete(&mut self, volume: VolumeId) -> Result<(), StoreError> {
+        self.replicas.get(&volume).map_or(Ok(()), Replica::check_deletable)?;
         if let Some(replica) = self.replicas.remove(&volume) {
+            if let Some((origin, snapshot)) = replica.origin {
+                self.clones_of(origin, snapshot).map(|clones| clones.remove(&volume));
+            }
             let unknown = |token| Completion { volume, token, result: Err(StoreError::UnknownVolume(volume)) };
             self.finished.extend(replica.pending_tokens().map(unknown));
         }
@@ -220,22 +274,26 @@ impl ReplicaStore for MemoryStore {
     }
 
     fn snapshots(&self, volume: VolumeId) -> Result<Vec<SnapshotInfo>, StoreError> {
-        self.replicas.get(&volume).map(|_| Vec::new()).ok_or(StoreError::UnknownVolume(volume))
+        let replica = self.replicas.get(&volume).ok_or(StoreError::UnknownVolume(volume))?;
+        Ok(replica.snapshots.iter().map(|snapshot| snapshot.info).collect())
     }
 
     fn usage(&self) -> Result<StoreUsage, StoreError> {
-        let reserved = self.reserved();
-        let free = ByteLength::new(self.capacity.get().saturating_sub(reserved));
+        let (used, snapshots) = self.held();
         Ok(StoreUsage {
             capacity: self.capacity,
-            free,
-            reserved: ByteLength::ZERO,
-            used: ByteLength::new(reserved),
+            free: ByteLength::new(self.free()),
+            reserved: ByteLength::new(self.reserved()),
+            used: ByteLength::new(used),
+            snapshots: ByteLength::new(snapshots),
             ..StoreUsage::default()
         })
     }
 
     fn submit(&mut self, volume: VolumeId, token: Token, operation: Operation) {
+        if let Err(error) = self.check_growth(volume, &operation) {
+            return self.finished.push(Completion { volume, token, result: Err(error) });
+        }
         match self.replicas.get_mut(&volume) {
             None => self.finished.push(Completion { volume, token, result: Err(StoreError::UnknownVolume(volume)) }),
             Some(replica) if self.manual => replica.queue(token, operation),

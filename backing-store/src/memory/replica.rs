@@ -2,41 +2,64 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::ops::Bound;
+use std::ops::{Bound, Range};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::buffer::{BufferPool, SharedBuffer};
 use crate::checksum::{Checksum, block_checksum, zero_block_checksums};
 use crate::store::{Content, LoggedExtents, OpenedReplica, Operation, Outcome, ReadData, ReplicaSpec, ReplicaState, StoreError, Token};
-use crate::units::{BLOCK_SIZE, BlockIndex, Extent, Seq, Term, VolumeId};
+use crate::units::{BLOCK_SIZE, BlockIndex, Epoch, Extent, Seq, SnapshotId, Term, VolumeId};
 
+use super::order::must_follow;
+use super::runs::Runs;
+use super::snapshots::Snapshot;
 use super::{Dice, PowerLoss};
 
 #[derive(Clone, Debug)]
-struct Block {
-    checksum: Checksum,
-    data: Arc<[u8]>,
+pub(super) struct Block {
+    pub(super) checksum: Checksum,
+    pub(super) data: Arc<[u8]>,
 }
 
-#[derive(Debug)]
+/// What was last written to a block.
+#[derive(Clone, Debug)]
+pub(super) struct Value {
+    pub(super) epoch: Epoch,
+    /// `None` for zeros.
+    pub(super) block: Option<Block>,
+}
+
+/// Zeros in part are decided in so many parts at most.
+const ZEROES_PARTS: u64 = 512;
+
+#[derive(Clone, Debug)]
 struct Pending {
     token: Token,
     operation: Operation,
 }
 
 /// Invariants: `durable <= position`; `unsynced` names every block that differs from stable media; `log` holds every logged
-/// write above `log_floor`.
-#[derive(Debug)]
+/// write above `log_floor`; a run of data is one block.
+#[derive(Clone, Debug)]
 pub(super) struct Replica {
     pub(super) spec: ReplicaSpec,
     state: ReplicaState,
-    position: Seq,
+    pub(super) position: Seq,
     durable: Seq,
+    /// What writes carry now.
+    pub(super) epoch: Epoch,
     /// A block that is not here is a hole.
-    blocks: BTreeMap<u64, Block>,
+    pub(super) blocks: Runs<Value>,
     /// The values that a block had since the last sync but for its present one, the oldest (the one on stable media) first.
-    unsynced: BTreeMap<u64, Vec<Option<Block>>>,
+    unsynced: Runs<Vec<Option<Value>>>,
+    /// Oldest first.
+    pub(super) snapshots: Vec<Snapshot>,
+    /// The reverts: the epoch of the snapshot, and what the epoch was raised to. Blocks do not show what went back with them, so
+    /// nobody can tell what changed since an epoch between the two.
+    pub(super) reverts: Vec<(Epoch, Epoch)>,
+    /// What it is a clone of.
+    pub(super) origin: Option<(VolumeId, SnapshotId)>,
     log: BTreeMap<Seq, Extent>,
     /// Writes up to this are not in the log. `None` after a loss of power: what was logged is not known.
     log_floor: Option<Seq>,
@@ -59,8 +82,12 @@ impl Replica {
             state: ReplicaState { promised: Term::ZERO, log_term: Term::ZERO, content: Content::Complete },
             position: Seq::ZERO,
             durable: Seq::ZERO,
-            blocks: BTreeMap::new(),
-            unsynced: BTreeMap::new(),
+            epoch: Epoch::FIRST,
+            blocks: Runs::default(),
+            unsynced: Runs::default(),
+            snapshots: Vec::new(),
+            reverts: Vec::new(),
+            origin: None,
             log: BTreeMap::new(),
             log_floor: Some(Seq::ZERO),
             log_capacity,
@@ -92,16 +119,14 @@ impl Replica {
                 } else {
                     extent.block_count()
                 };
-                for index in 0..blocks {
-                    self.put(&operation, index);
-                }
+                self.put(&operation, 0..blocks);
                 if self.write_failed {
                     return Err(refused("write"));
                 }
                 self.position = seq.unwrap_or(self.position);
                 Ok(Outcome::Written)
             }
-            Operation::Read { extent, .. } => self.read(extent, pool).map(Outcome::Read),
+            Operation::Read { extent, snapshot } => self.read(extent, snapshot, pool).map(Outcome::Read),
             Operation::Sync => self.sync(self.position).map(|()| Outcome::Synced { durable: self.durable }),
             Operation::SetState { state, position } => {
                 self.sync(position.unwrap_or(self.position))?;
@@ -114,7 +139,13 @@ impl Replica {
                 Ok(Outcome::StateSet)
             }
             Operation::LoggedAfter { after } => Ok(Outcome::Logged(self.logged_after(after))),
-            _ => Err(StoreError::Misuse { volume, reason: "the memory store can't do that yet" }),
+            Operation::RaiseEpoch => self.raise_epoch().map(Outcome::Epoch),
+            Operation::Snapshot { snapshot } => self.make_snapshot(snapshot).map(Outcome::Epoch),
+            Operation::DeleteSnapshot { snapshot } => self.delete_snapshot(snapshot).map(|()| Outcome::Done),
+            Operation::Revert { snapshot } => self.revert(snapshot).map(Outcome::Epoch),
+            Operation::Expand { size } => self.expand(size).map(|()| Outcome::Done),
+            Operation::Changed { from, snapshot, start } => self.changed(from, snapshot, start).map(Outcome::Changed),
+            Operation::Scrub { start, blocks } => Ok(Outcome::Scrubbed(self.scrub(start, blocks))),
         }
     }
 
@@ -135,66 +166,73 @@ impl Replica {
         Ok(())
     }
 
-    /// Puts the `index`-th block of a write.
-    fn put(&mut self, operation: &Operation, index: u64) {
-        let (extent, new) = match operation {
+    /// Puts these blocks of a write, counted from its first.
+    fn put(&mut self, operation: &Operation, indices: Range<u64>) {
+        match operation {
             Operation::Write { extent, checksums, data, .. } => {
-                let size = BLOCK_SIZE as usize;
-                let start = usize::try_from(index).unwrap_or(usize::MAX);
-                let new = checksums
-                    .get(start)
-                    .zip(data.chunks_exact(size).nth(start))
-                    .map(|(checksum, data)| Block { checksum: *checksum, data: data.into() });
-                (extent, new)
+                let first = extent.first_block().get();
+                let blocks = (0..).zip(checksums.iter().zip(data.chunks_exact(BLOCK_SIZE as usize)));
+                for (index, (checksum, data)) in blocks.filter(|(index, _)| indices.contains(index)) {
+                    let block = Block { checksum: *checksum, data: data.into() };
+                    self.put_run(first + index..first + index + 1, Some(block));
+                }
             }
-            Operation::WriteZeroes { extent, .. } => (extent, None),
-            _ => return,
-        };
-        let block = extent.first_block().get() + index;
-        let hole_before = !self.blocks.contains_key(&block);
-        if hole_before && new.is_none() {
-            return;
+            Operation::WriteZeroes { extent, .. } => {
+                let first = extent.first_block().get();
+                self.put_run(first + indices.start..first + indices.end, None);
+            }
+            _ => {}
         }
-        let old = match new {
-            Some(new) => self.blocks.insert(block, new),
-            None => self.blocks.remove(&block),
-        };
-        self.unsynced.entry(block).or_default().push(old);
     }
 
-    fn read(&self, extent: Extent, pool: &BufferPool) -> Result<ReadData, StoreError> {
+    fn put_run(&mut self, run: Range<u64>, block: Option<Block>) {
+        for (piece, old) in self.blocks.pieces(run.clone()) {
+            for (part, values) in self.unsynced.pieces(piece) {
+                let mut values = values.unwrap_or_default();
+                values.push(old.clone());
+                self.unsynced.set(part, Some(values));
+            }
+        }
+        self.blocks.set(run, Some(Value { epoch: self.epoch, block }));
+    }
+
+    fn read(&self, extent: Extent, snapshot: Option<SnapshotId>, pool: &BufferPool) -> Result<ReadData, StoreError> {
         let volume = self.spec.volume;
+        let (blocks, size) = self.view(snapshot)?;
+        if !size.extent().contains(extent) {
+            return Err(StoreError::Misuse { volume, reason: "an extent reaches past the end of the snapshot" });
+        }
         let first = extent.first_block().get();
-        let range = first..first + extent.block_count();
-        if self.blocks.range(range.clone()).next().is_none() {
+        let data = blocks.over(first..first + extent.block_count()).filter_map(|(run, value)| Some((run.start, value.block.as_ref()?)));
+        let mut data = data.peekable();
+        if data.peek().is_none() {
             return Ok(ReadData::Zeroes);
         }
         let mut buffer = pool.take(usize::try_from(extent.length().get()).unwrap_or(0));
+        buffer.fill(0);
         let mut checksums: Vec<Checksum> = zero_block_checksums(volume, BlockIndex::new(first), extent.block_count()).collect();
-        let places = range.zip(buffer.chunks_exact_mut(BLOCK_SIZE as usize).zip(&mut checksums));
-        for (index, (place, checksum)) in places {
-            let Some(block) = self.blocks.get(&index) else {
-                place.fill(0);
-                continue;
-            };
-            let (index, expected) = (BlockIndex::new(index), block.checksum);
-            let got = block_checksum(volume, index, &block.data);
+        let mut places = (first..).zip(buffer.chunks_exact_mut(BLOCK_SIZE as usize).zip(&mut checksums));
+        for (index, block) in data {
+            let expected = block.checksum;
+            let got = block_checksum(volume, BlockIndex::new(index), &block.data);
             if got != expected {
-                return Err(StoreError::Corrupt { volume, block: index, expected, got });
+                return Err(StoreError::Corrupt { volume, block: BlockIndex::new(index), expected, got });
             }
-            place.copy_from_slice(&block.data);
-            *checksum = expected;
+            if let Some((_, (place, checksum))) = places.find(|(place, _)| *place == index) {
+                place.copy_from_slice(&block.data);
+                *checksum = expected;
+            }
         }
         let data: SharedBuffer = buffer.share();
         Ok(ReadData::Blocks { checksums, data })
     }
 
-    fn sync(&mut self, durable: Seq) -> Result<(), StoreError> {
+    pub(super) fn sync(&mut self, durable: Seq) -> Result<(), StoreError> {
         if std::mem::take(&mut self.fail_sync) {
             self.poisoned = true;
             return Err(refused("sync"));
         }
-        self.unsynced.clear();
+        self.unsynced = Runs::default();
         self.durable = durable;
         Ok(())
     }
@@ -208,12 +246,15 @@ impl Replica {
     }
 
     pub(super) fn corrupt(&mut self, block: BlockIndex) -> bool {
-        let Some(block) = self.blocks.get_mut(&block.get()) else { return false };
-        let mut data = block.data.to_vec();
+        let run = block.get()..block.get() + 1;
+        let Some((Some(found), epoch)) = self.blocks.over(run.clone()).next().map(|(_, value)| (value.block.clone(), value.epoch)) else {
+            return false;
+        };
+        let mut data = found.data.to_vec();
         if let Some(byte) = data.first_mut() {
             *byte ^= 1;
         }
-        block.data = data.into();
+        self.blocks.set(run, Some(Value { epoch, block: Some(Block { data: data.into(), ..found }) }));
         true
     }
 
@@ -268,24 +309,25 @@ impl Replica {
         if self.poisoned || operation.misuse(self.spec.size).is_some() || self.begin_write(*seq, *extent).is_err() {
             return;
         }
-        for index in 0..extent.block_count() {
+        let count = extent.block_count();
+        let part = if matches!(operation, Operation::WriteZeroes { .. }) { count.div_ceil(ZEROES_PARTS).max(1) } else { 1 };
+        let mut first = 0;
+        while first < count {
+            let last = (first + part).min(count);
             if dice.below(2) == 1 {
-                self.put(operation, index);
+                self.put(operation, first..last);
             }
+            first = last;
         }
     }
 
     fn lose_power(&mut self, dice: &mut Dice) {
-        if self.unsynced.is_empty() && self.position == self.durable && !self.poisoned {
+        if self.unsynced.iter().next().is_none() && self.position == self.durable && !self.poisoned {
             return;
         }
-        for (block, mut values) in std::mem::take(&mut self.unsynced) {
-            let found = dice.below(values.len() + 1);
-            if found < values.len() {
-                match values.swap_remove(found) {
-                    Some(value) => self.blocks.insert(block, value),
-                    None => self.blocks.remove(&block),
-                };
+        for (run, values) in std::mem::take(&mut self.unsynced).iter() {
+            if let Some(value) = values.get(dice.below(values.len() + 1)) {
+                self.blocks.set(run, value.clone());
             }
         }
         self.position = self.durable;
@@ -294,23 +336,5 @@ impl Replica {
         }
         self.log.clear();
         self.log_floor = None;
-    }
-}
-
-/// Whether `later` must take effect after `earlier`, by the contract of [`crate::ReplicaStore`].
-fn must_follow(earlier: &Operation, later: &Operation) -> bool {
-    use Operation::{LoggedAfter, Read, SetState, Sync, Write, WriteZeroes};
-    match (earlier, later) {
-        (
-            Write { seq: a, extent: x, .. } | WriteZeroes { seq: a, extent: x },
-            Write { seq: b, extent: y, .. } | WriteZeroes { seq: b, extent: y },
-        ) => (a.is_some() && b.is_some()) || x.overlaps(*y),
-        (Write { extent: x, .. } | WriteZeroes { extent: x, .. }, Read { extent: y, .. })
-        | (Read { extent: x, .. }, Write { extent: y, .. } | WriteZeroes { extent: y, .. }) => x.overlaps(*y),
-        (Read { .. } | Sync, _) | (_, Read { .. } | Sync) => false,
-        // The log, the position and the state are one thing: what changes or reads them goes in order.
-        (Write { .. } | WriteZeroes { .. } | SetState { .. } | LoggedAfter { .. }, SetState { .. } | LoggedAfter { .. })
-        | (SetState { .. } | LoggedAfter { .. }, Write { .. } | WriteZeroes { .. }) => true,
-        _ => false,
     }
 }

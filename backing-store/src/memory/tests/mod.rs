@@ -1,5 +1,7 @@
 //! The oracle itself: what a crash keeps and what it takes.
 
+mod snapshots;
+
 use super::*;
 use crate::checksum::block_checksum;
 use crate::store::{Content, LoggedExtents, Outcome, ReadData, ReplicaState};
