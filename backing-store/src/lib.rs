@@ -7,6 +7,7 @@ pub mod buffer;
 pub mod checksum;
 mod dice;
 pub mod disk;
+pub mod epoch_map;
 pub mod file;
 pub mod memory;
 pub mod store;

@@ -12,6 +12,7 @@
 mod content;
 mod dice;
 mod expected;
+mod map;
 mod picture;
 mod prefix;
 mod reference;
@@ -21,6 +22,7 @@ mod world;
 
 use std::time::{Duration, Instant};
 
+use map::Map;
 use prefix::{Lie, Prefix};
 use subject::{Memory, Subject};
 use world::{Plan, World};
@@ -65,6 +67,11 @@ fn soak<S: Subject>(test: &'static str, subject: impl Fn(u64) -> S) {
     }
     println!("{test}: {runs} runs from seed {first} on, {:.0} a minute", runs as f64 * 60.0 / begin.elapsed().as_secs_f64());
     assert!(runs > 0);
+}
+
+#[test]
+fn the_epoch_map_agrees_with_the_oracle() {
+    soak("the_epoch_map_agrees_with_the_oracle", Map::new);
 }
 
 #[test]

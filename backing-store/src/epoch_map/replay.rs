@@ -1,0 +1,352 @@
+//! Replaying the journal when a store is opened.
+//!
+//! First its chain is followed to where it ends, and through which batch everything was on stable media is learnt. Of batches
+//! after that one the data outside the journal is verified, and the first without it ends the journal: it was never acknowledged
+//! as durable, nor was what came after. Then everything before that end is applied.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+
+use super::EpochMap;
+use super::catalog::Owners;
+use super::codec::FormatError;
+use super::commit::Journal;
+use super::journal::{Batch, BatchNumber, HEADER_BLOCKS_MAX, PAYLOAD_BLOCKS_MAX, decode_header, header_length};
+use super::open::decode_page;
+use super::read::entries_of;
+use super::record::{Record, Run, Slot};
+use super::superblock::JournalHead;
+use super::tree::{Missing, Tree};
+use crate::buffer::{Buffer, SharedBuffer};
+use crate::checksum::{Checksum, block_checksum};
+use crate::disk::{Disk, DiskBlock};
+use crate::store::{BLOCKS_MAX, ReplicaSpec, StoreError};
+use crate::units::{BLOCK_SIZE, BlockIndex, ByteLength, Extent, Seq, VolumeId};
+
+const BLOCK: usize = BLOCK_SIZE as usize;
+
+/// How a journal was found.
+struct Found {
+    /// Where it ends: what comes next is written here.
+    end: JournalHead,
+    /// Through which batch everything was on stable media.
+    synced: BatchNumber,
+    /// Through which batch overwrites were copied, as the last batch before the end says: a later one may say so of overwrites
+    /// that were never copied since it gave up their blocks.
+    copied: BatchNumber,
+    /// In which opening of the store its last batch was written.
+    incarnation: u32,
+    /// The batches of which the disk doesn't say that they were on stable media: where each is, and what was copied before it.
+    unsaid: VecDeque<(JournalHead, BatchNumber)>,
+    /// Whose replicas the records speak of.
+    volumes: HashMap<Slot, VolumeId>,
+}
+
+impl<D: Disk> EpochMap<D> {
+    pub(super) fn replay(&mut self) -> Result<(), StoreError> {
+        let mut found = self.find_end()?;
+        self.cut(&mut found)?;
+        let ring = self.superblock.geometry.journal_blocks;
+        let mut at = self.superblock.journal;
+        let mut used = 0;
+        while at.batch < found.end.batch {
+            let Some((batch, next)) = self.read_batch(&at)? else { return Err(self.damaged("the journal changed while it was read")) };
+            let payload = if batch.head.number > found.copied { self.read_payload(&batch)? } else { Vec::new() };
+            let mut payload = payload.into_iter();
+            for record in &batch.records {
+                self.apply_record(record, batch.head.number, &mut payload)?;
+            }
+            used += (next.offset + ring - at.offset) % ring;
+            at = next;
+        }
+        self.journal = Journal::new(ring, at, used, found.synced);
+        Ok(())
+    }
+
+    /// Follows the chain to its end.
+    fn find_end(&mut self) -> Result<Found, StoreError> {
+        let mut at = self.superblock.journal;
+        let before = at.batch.previous();
+        let volumes = self.replicas.iter().map(|(slot, replica)| (*slot, replica.record.volume)).collect();
+        let mut found = Found { end: at, synced: before, copied: before, incarnation: 0, unsaid: VecDeque::new(), volumes };
+        while let Some((batch, next)) = self.read_batch(&at)? {
+            if batch.head.incarnation < found.incarnation {
+                break;
+            }
+            for record in &batch.records {
+                if let Record::Create { slot, volume, .. } = record {
+                    found.volumes.insert(*slot, *volume);
+                }
+            }
+            if !self.has_payload(&batch, &found.volumes)? {
+                break;
+            }
+            found.incarnation = batch.head.incarnation;
+            found.synced = found.synced.max(batch.head.synced);
+            found.unsaid.push_back((at, found.copied));
+            while found.unsaid.pop_front_if(|(head, _)| head.batch <= found.synced).is_some() {}
+            found.copied = found.copied.max(batch.head.copied);
+            at = next;
+        }
+        found.end = at;
+        self.check_torn(&found)?;
+        Ok(found)
+    }
+
+    /// The batch that continues the chain at `at`, if there is one, and where the one after it is.
+    pub(super) fn read_batch(&mut self, at: &JournalHead) -> Result<Option<(Batch, JournalHead)>, StoreError> {
+        let ring = self.superblock.geometry.journal_blocks;
+        let places: &[u64] = if at.offset == 0 { &[0] } else { &[at.offset, 0] };
+        for offset in places {
+            let Some(batch) = self.read_header(*offset)? else { continue };
+            let head = &batch.head;
+            let fits = head.offset == *offset && offset + head.blocks() <= ring;
+            if fits && head.store == self.superblock.id && head.number == at.batch && head.chain == at.chain {
+                let offset = (offset + head.blocks()) % ring;
+                let next = JournalHead { batch: at.batch.next(), offset, chain: batch.checksum };
+                return Ok(Some((batch, next)));
+            }
+        }
+        Ok(None)
+    }
+
+    fn read_header(&mut self, offset: u64) -> Result<Option<Batch>, StoreError> {
+        let geometry = self.superblock.geometry;
+        let at = geometry.journal_start().plus(offset);
+        let first = self.read_journal(at, 1)?;
+        let Ok(blocks) = header_length(&first) else { return Ok(None) };
+        if offset + blocks as u64 > geometry.journal_blocks {
+            return Ok(None);
+        }
+        let header = if blocks == 1 { first } else { self.read_journal(at, blocks)? };
+        Ok(decode_header(&header).ok())
+    }
+
+    fn read_journal(&mut self, at: DiskBlock, blocks: usize) -> Result<Buffer, StoreError> {
+        let read = self.direct().read(at, blocks);
+        read.map_err(|source| self.io_error("read the journal of", source))
+    }
+
+    fn payload_at(&self, batch: &Batch) -> DiskBlock {
+        self.superblock.geometry.journal_start().plus(batch.head.offset + batch.head.header_blocks as u64)
+    }
+
+    /// Whether a batch's payload is what its records say.
+    fn has_payload(&mut self, batch: &Batch, volumes: &HashMap<Slot, VolumeId>) -> Result<bool, StoreError> {
+        if batch.head.payload_blocks == 0 {
+            return Ok(true);
+        }
+        let payload = self.read_journal(self.payload_at(batch), batch.head.payload_blocks)?;
+        let mut blocks = payload.chunks_exact(BLOCK);
+        for record in &batch.records {
+            let Record::Overwrite { slot, block, checksums, .. } = record else { continue };
+            let Some(volume) = volumes.get(slot) else { return Ok(false) };
+            let whole = (block.get()..).zip(checksums).all(|(index, checksum)| {
+                blocks.next().is_some_and(|data| block_checksum(*volume, BlockIndex::new(index), data) == *checksum)
+            });
+            if !whole {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn read_payload(&mut self, batch: &Batch) -> Result<Vec<SharedBuffer>, StoreError> {
+        if batch.head.payload_blocks == 0 {
+            return Ok(Vec::new());
+        }
+        let payload = self.read_journal(self.payload_at(batch), batch.head.payload_blocks)?.share();
+        Ok((0..batch.head.payload_blocks).map(|index| payload.slice(index * BLOCK..(index + 1) * BLOCK)).collect())
+    }
+
+    /// The journal ends at `found`: by a crash, or because something in its middle is damaged? A later batch that was written when
+    /// this one was on stable media tells.
+    fn check_torn(&mut self, found: &Found) -> Result<(), StoreError> {
+        let reach = (2 * (HEADER_BLOCKS_MAX + PAYLOAD_BLOCKS_MAX)) as u64;
+        let ring = self.superblock.geometry.journal_blocks;
+        for step in 0..reach.min(ring) {
+            for offset in [(found.end.offset + step) % ring, step] {
+                let Some(batch) = self.read_header(offset)? else { continue };
+                let head = &batch.head;
+                let is_later = head.store == self.superblock.id && head.offset == offset && head.incarnation >= found.incarnation;
+                if is_later && head.number > found.end.batch && head.synced >= found.end.batch {
+                    let number = found.end.batch.0;
+                    return Err(self.damaged(format_args!("batch {number} of the journal, which was on stable media, is not whole")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the end before the first batch whose data outside the journal is not there.
+    ///
+    /// A block that an overwrite in a later batch replaces needn't be there if that batch is before the end, too: it may have been
+    /// copied over the block, or have been at it when the crash came.
+    fn cut(&mut self, found: &mut Found) -> Result<(), StoreError> {
+        let mut absent: HashMap<(Slot, BlockIndex), BatchNumber> = HashMap::new();
+        let mut replaced: Vec<(BatchNumber, BatchNumber)> = Vec::new();
+        for (at, _) in &found.unsaid {
+            let Some((batch, _)) = self.read_batch(at)? else { return Err(self.damaged("the journal changed while it was read")) };
+            let number = batch.head.number;
+            for record in &batch.records {
+                match record {
+                    Record::Write { slot, block, runs, checksums, .. } => {
+                        let Some(volume) = found.volumes.get(slot) else { return Err(self.damaged(FormatError::Field("record.slot"))) };
+                        for block in self.absent_blocks(*volume, *block, runs, checksums)? {
+                            absent.entry((*slot, block)).or_insert(number);
+                        }
+                    }
+                    Record::Overwrite { slot, block, checksums, .. } => {
+                        let blocks = (block.get()..).map(BlockIndex::new).take(checksums.len());
+                        replaced.extend(blocks.filter_map(|block| Some((absent.remove(&(*slot, block))?, number))));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let mut end = absent.into_values().min().unwrap_or(found.end.batch);
+        while let Some((first, _)) = replaced.iter().find(|(first, by)| *first < end && end <= *by) {
+            end = *first;
+        }
+        if let Some((at, copied)) = found.unsaid.iter().find(|(at, _)| at.batch == end) {
+            found.end = *at;
+            found.copied = *copied;
+        }
+        Ok(())
+    }
+
+    /// Which blocks of a write to fresh places are not there.
+    fn absent_blocks(
+        &mut self,
+        volume: VolumeId,
+        block: BlockIndex,
+        runs: &[Run],
+        checksums: &[Checksum],
+    ) -> Result<Vec<BlockIndex>, StoreError> {
+        let geometry = self.superblock.geometry;
+        let mut expected = (block.get()..).map(BlockIndex::new).zip(checksums);
+        let mut absent = Vec::new();
+        for run in runs {
+            let count = u64::from(run.count);
+            let inside = geometry.is_data(run.place) && run.place.get() + count <= geometry.data_end().get();
+            if !inside || count == 0 || count > BLOCKS_MAX {
+                return Err(self.damaged(FormatError::Field("run")));
+            }
+            // What can't be read was not written.
+            let data = self.direct().read(run.place, run.count as usize).ok();
+            let mut blocks = data.iter().flat_map(|data| data.chunks_exact(BLOCK));
+            for (index, checksum) in expected.by_ref().take(run.count as usize) {
+                if blocks.next().is_none_or(|data| block_checksum(volume, index, data) != *checksum) {
+                    absent.push(index);
+                }
+            }
+        }
+        Ok(absent)
+    }
+
+    // Applying.
+
+    fn apply_record(
+        &mut self,
+        record: &Record,
+        batch: BatchNumber,
+        payload: &mut impl Iterator<Item = SharedBuffer>,
+    ) -> Result<(), StoreError> {
+        let slot = record.slot();
+        if let Record::Create { volume, size, origin, .. } = record {
+            self.apply_create(slot, ReplicaSpec { volume: *volume, size: *size }, *origin);
+            return Ok(());
+        }
+        if !self.replicas.contains_key(&slot) {
+            return Err(self.damaged(FormatError::Field("record.slot")));
+        }
+        match record {
+            Record::Write { seq, block, runs, checksums, .. } => {
+                let blocks = self.reach(slot, *block, checksums.len() as u64, false)?;
+                let places: Vec<DiskBlock> =
+                    runs.iter().flat_map(|run| (0..u64::from(run.count)).map(|step| run.place.plus(step))).collect();
+                for place in &places {
+                    self.allocator.take_at(*place).map_err(|error| self.damaged(error))?;
+                }
+                if let Some(replica) = self.replicas.get_mut(&slot) {
+                    let before = replica.record.promise();
+                    replica.record.allocated += places.len() as u64;
+                    self.space.promise(Some(before), Some(&replica.record));
+                }
+                self.map(slot, blocks.start, &places, checksums);
+                self.note_write(slot, *seq, &blocks);
+            }
+            Record::Overwrite { seq, block, checksums, .. } => {
+                let blocks = self.reach(slot, *block, checksums.len() as u64, false)?;
+                let entries =
+                    self.replicas.get(&slot).map_or(Vec::new(), |replica| entries_of(&replica.record.tree, &mut self.cache, &blocks));
+                if entries.iter().any(|entry| !entry.is_mapped()) {
+                    return Err(self.damaged(FormatError::Field("record.block")));
+                }
+                let places: Vec<DiskBlock> = entries.iter().map(|entry| entry.place).collect();
+                for place in &places {
+                    let Some(data) = payload.next() else { continue };
+                    self.copying.insert(*place, data, batch);
+                }
+                self.map(slot, blocks.start, &places, checksums);
+                self.note_write(slot, *seq, &blocks);
+            }
+            Record::Zeroes { seq, block, count, .. } => {
+                let blocks = self.reach(slot, *block, *count, true)?;
+                self.zero(slot, &blocks);
+                self.note_write(slot, *seq, &blocks);
+            }
+            Record::Delete { .. } => self.apply_delete(slot),
+            _ => self.apply_control_record(record),
+        }
+        Ok(())
+    }
+
+    /// Checks that a replica has these blocks, and reads the pages over them.
+    fn reach(&mut self, slot: Slot, block: BlockIndex, count: u64, whole: bool) -> Result<Range<u64>, StoreError> {
+        let blocks = block.get()..block.get().saturating_add(count);
+        let found = self.replicas.get(&slot).filter(|replica| blocks.end <= replica.record.size.blocks());
+        let Some((owners, tree)) = found.map(|replica| (replica.record.owners(), replica.record.tree.clone())) else {
+            return Err(self.damaged(FormatError::Field("record.block")));
+        };
+        self.load_pages(&tree, &owners, &blocks, whole)?;
+        Ok(blocks)
+    }
+
+    /// Reads the pages of a tree over `blocks`, as [`Tree::missing`] tells.
+    pub(super) fn load_pages(&mut self, tree: &Tree, owners: &Owners, blocks: &Range<u64>, whole: bool) -> Result<(), StoreError> {
+        loop {
+            let mut missing = Vec::new();
+            if !blocks.is_empty() {
+                tree.missing(&mut self.cache, blocks, whole, &mut missing);
+            }
+            if missing.is_empty() {
+                return Ok(());
+            }
+            for missing in missing {
+                self.load_page(&missing, owners)?;
+            }
+        }
+    }
+
+    pub(super) fn load_page(&mut self, missing: &Missing, owners: &Owners) -> Result<(), StoreError> {
+        self.counters.pages_read += 1;
+        let page = self.direct().read(missing.pointer.place, 1).map(Some);
+        let node = decode_page(missing, owners, page).map_err(|error| self.damaged(error))?;
+        self.cache.insert(missing.pointer.place, node);
+        Ok(())
+    }
+
+    fn note_write(&mut self, slot: Slot, seq: Seq, blocks: &Range<u64>) {
+        if seq == Seq::ZERO {
+            return;
+        }
+        let length = ByteLength::new((blocks.end - blocks.start) * u64::from(BLOCK_SIZE));
+        if let Some(replica) = self.replicas.get_mut(&slot) {
+            replica.record.position = seq;
+            if let Some(extent) = Extent::new(BlockIndex::new(blocks.start).offset(), length) {
+                replica.record.log.insert(seq, extent);
+            }
+        }
+    }
+}

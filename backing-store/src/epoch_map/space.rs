@@ -1,0 +1,320 @@
+//! Who may have how much: promises, the reserve, giving blocks up, and preparing space on the disk below.
+//!
+//! * A volume is promised its size. What it doesn't hold of that can't be taken by anybody else.
+//! * Snapshots hold more than that: their volume's writes take what is neither used nor promised, and get
+//!   [`StoreError::NoSpace`] when that is gone, while other volumes go on.
+//! * A reserve is left for map pages, so that checkpoints, deletions and discards work on a full store.
+
+use std::io;
+use std::time::Duration;
+
+use super::catalog::{DeadTree, ReplicaRecord};
+use super::page::{Entry, PagePointer};
+use super::record::Slot;
+use super::tree::{Displaced, Tree};
+use super::{EpochMap, Purpose};
+use crate::buffer::Buffer;
+use crate::disk::{Disk, DiskBlock, DiskWork};
+use crate::store::{StoreError, StoreUsage};
+use crate::units::{BLOCK_SIZE, ByteLength, Epoch, VolumeSize};
+
+/// Space is prepared when less than this is ready, and so much at once: 64 MiB.
+const PREPARE: u64 = (64 << 20) / BLOCK_SIZE as u64;
+/// After the file system had no space, so long nothing is prepared.
+const PREPARE_PAUSE: Duration = Duration::from_secs(1);
+/// Runs shorter than 1 MiB are not worth telling the disk.
+const DISCARD_MIN: usize = 256;
+/// Map pages that may change between two checkpoints: 32 MiB of them, or a 64th of a small store.
+const DIRTY_MAX: u64 = 8192;
+const DIRTY_MIN: u64 = 64;
+/// Most pages that one operation changes: the leaves and inner pages over both ends of what it touches.
+const PAGES_PER_OPERATION: usize = 16;
+/// One block in so many is the map's, if all are mapped: a leaf for 256 blocks, and inner pages.
+const BLOCKS_PER_PAGE: u64 = 250;
+
+#[derive(Debug)]
+pub(super) struct Space {
+    /// Nothing is promised: who comes first takes it.
+    overcommit: bool,
+    /// Blocks promised to volumes and not yet theirs.
+    promised: u64,
+    /// Blocks of pages: map, bits, directory.
+    pub(super) pages: u64,
+    dirty_max: u64,
+    preparing: bool,
+    /// When the file system had no space for more.
+    refused_at: Option<Duration>,
+}
+
+/// What giving something up depends on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Floor {
+    pub(super) needed: Epoch,
+    /// What is not younger than this is an ancestor's, and was never counted.
+    pub(super) foreign: Epoch,
+}
+
+impl ReplicaRecord {
+    /// Blocks that it may still take whatever others do.
+    pub(super) fn promise(&self) -> u64 {
+        if self.deleting { 0 } else { self.size.blocks().saturating_sub(self.allocated) }
+    }
+}
+
+impl Space {
+    pub(super) fn new(data_blocks: u64, overcommit: bool) -> Self {
+        let dirty_max = (data_blocks / 64).clamp(DIRTY_MIN, DIRTY_MAX);
+        Self { overcommit, promised: 0, pages: 0, dirty_max, preparing: false, refused_at: None }
+    }
+
+    /// A replica's promise was `before` and is now what its record says.
+    pub(super) fn promise(&mut self, before: Option<u64>, record: Option<&ReplicaRecord>) {
+        if !self.overcommit {
+            self.promised = self.promised - before.unwrap_or(0) + record.map_or(0, ReplicaRecord::promise);
+        }
+    }
+
+    /// Pages that may change before a checkpoint begins.
+    pub(super) const fn dirty_max(&self) -> usize {
+        self.dirty_max as usize
+    }
+}
+
+impl<D: Disk> EpochMap<D> {
+    /// Blocks that only pages may take.
+    pub(super) fn reserve(&self) -> u64 {
+        3 * self.space.dirty_max + 2 * self.allocator.pages()
+    }
+
+    /// Whether a replica's write may take so many blocks. `Err(true)`: not now, but space is coming back.
+    pub(super) fn may_take(&self, slot: Slot, blocks: u64) -> Result<(), bool> {
+        let own = self.replicas.get(&slot).filter(|_| !self.space.overcommit);
+        let promise = own.map_or(0, |replica| replica.record.promise());
+        let beyond = blocks.saturating_sub(promise);
+        let fits = |free: u64| {
+            let free = free.saturating_sub(self.reserve());
+            blocks <= free && (beyond == 0 || self.space.promised + beyond <= free + promise.min(blocks))
+        };
+        if fits(self.allocator.ready()) {
+            return Ok(());
+        }
+        let preparable = self.space.refused_at.is_none() && self.allocator.unprepared() > 0;
+        let coming = self.allocator.resting() + if preparable { self.allocator.unprepared() } else { 0 };
+        Err((coming > 0 && fits(self.allocator.ready() + coming)) || self.background.is_busy() || self.space.preparing)
+    }
+
+    /// Whether a checkpoint finds places for all changed pages if one more operation changes some. `Err` as [`EpochMap::may_take`].
+    pub(super) fn may_change(&self) -> Result<(), bool> {
+        let pages = (self.dirty + PAGES_PER_OPERATION) as u64 + 2 * self.allocator.pages();
+        if pages <= self.allocator.ready() {
+            return Ok(());
+        }
+        let preparable = self.space.refused_at.is_none() && self.allocator.unprepared() > 0;
+        Err(preparable || self.space.preparing || self.checkpoint.is_some() || self.allocator.resting() > 0)
+    }
+
+    pub(super) fn no_space(&self, blocks: u64) -> StoreError {
+        let free = self.allocator.ready().saturating_sub(self.reserve()).saturating_sub(self.space.promised);
+        let bytes = |blocks: u64| ByteLength::new(blocks * u64::from(BLOCK_SIZE));
+        StoreError::NoSpace { path: self.path.clone(), needed: bytes(blocks), free: bytes(free) }
+    }
+
+    /// Whether a new replica of this size finds room.
+    pub(super) fn check_room(&self, size: VolumeSize) -> Result<(), StoreError> {
+        if self.space.overcommit {
+            return Ok(());
+        }
+        let needed = size.blocks() + size.blocks() / BLOCKS_PER_PAGE;
+        let usage = self.measure()?;
+        let free = usage.available();
+        if needed.saturating_mul(u64::from(BLOCK_SIZE)) > free.get() {
+            return Err(StoreError::NoSpace { path: self.path.clone(), needed: size.bytes(), free });
+        }
+        Ok(())
+    }
+
+    pub(super) fn measure(&self) -> Result<StoreUsage, StoreError> {
+        let bytes = |blocks: u64| ByteLength::new(blocks * u64::from(BLOCK_SIZE));
+        let geometry = &self.superblock.geometry;
+        let (mut live, mut allocated, mut leaving) = (0, 0, 0);
+        for replica in self.replicas.values() {
+            let record = &replica.record;
+            if record.deleting {
+                leaving += record.allocated;
+            } else {
+                live += record.live;
+                allocated += record.allocated;
+            }
+        }
+        let below = self.disk.preparable().map_err(|source| self.io_error("measure", source))?;
+        let unprepared = below.map_or(self.allocator.unprepared(), |bytes| self.allocator.unprepared().min(bytes / u64::from(BLOCK_SIZE)));
+        let free = self.allocator.ready() + unprepared;
+        let bad = self.bad.len() as u64;
+        let fixed = geometry.blocks - geometry.data_blocks;
+        let pages = self.space.pages + self.allocator.own();
+        let reclaimable = self.allocator.resting() + leaving;
+        let snapshots = allocated.saturating_sub(live);
+        let reserved = (self.space.promised + self.space.promised / BLOCKS_PER_PAGE + self.reserve()).min(free);
+        Ok(StoreUsage {
+            capacity: bytes(fixed + free + live + snapshots + reclaimable + pages + bad),
+            free: bytes(free),
+            reserved: bytes(reserved),
+            used: bytes(live),
+            snapshots: bytes(snapshots),
+            reclaimable: bytes(reclaimable),
+            metadata: bytes(fixed + pages),
+            bad: bytes(bad),
+        })
+    }
+
+    // Giving up.
+
+    /// A block left the tree of the volume as it is now.
+    pub(super) fn displace_block(&mut self, slot: Slot, entry: Entry, floor: Floor) {
+        if let Some(replica) = self.replicas.get_mut(&slot)
+            && entry.epoch > floor.foreign
+        {
+            replica.record.live -= 1;
+        }
+        if entry.epoch > floor.needed {
+            self.give_up_block(slot, entry.place);
+        }
+    }
+
+    /// Nothing needs this block of data any more.
+    pub(super) fn give_up_block(&mut self, slot: Slot, place: DiskBlock) {
+        if let Some(replica) = self.replicas.get_mut(&slot) {
+            let before = replica.record.promise();
+            replica.record.allocated -= 1;
+            self.space.promise(Some(before), Some(&replica.record));
+        }
+        let until = self.checkpoint.as_ref().map(|checkpoint| checkpoint.until());
+        if until.is_none_or(|until| !self.copying.is_needed_before(place, until)) {
+            self.copying.cancel(place);
+        }
+        if self.suspect.remove(&place) && self.bad.len() < self.limits.bad {
+            self.bad.insert(place);
+        } else {
+            self.allocator.give_up(place);
+        }
+    }
+
+    /// Nothing needs this page any more.
+    pub(super) fn give_up_page(&mut self, pointer: &PagePointer) {
+        self.cache.remove(pointer.place);
+        self.space.pages -= 1;
+        self.allocator.give_up(pointer.place);
+    }
+
+    /// What leaves the tree of the volume as it is now by a change to zeros.
+    pub(super) fn displace(&mut self, slot: Slot, displaced: Displaced) {
+        let Some(replica) = self.replicas.get(&slot) else { return };
+        let record = &replica.record;
+        let foreign = record.lineage_floor();
+        match displaced {
+            Displaced::Block(index, entry) => {
+                let needed = record.floor_at(index);
+                self.displace_block(slot, entry, Floor { needed, foreign });
+            }
+            Displaced::Page(pointer, last) => {
+                if pointer.epoch > record.floor_at(last) {
+                    self.give_up_page(&pointer);
+                }
+            }
+            Displaced::Node(node, last) => {
+                let needed = record.floor_at(last);
+                self.background.leave(node, needed);
+            }
+            Displaced::Tree(root, level, base) => {
+                let dead = self.dead_tree(slot, root, level, base, true);
+                self.dead.push(dead);
+                self.background.wake();
+            }
+        }
+    }
+
+    pub(super) fn dead_tree(&self, slot: Slot, root: PagePointer, level: u8, base: u64, counts_as_live: bool) -> DeadTree {
+        let snapshots = self.replicas.get(&slot).map_or(&[][..], |replica| &replica.record.snapshots);
+        let foreign = self.replicas.get(&slot).map_or(Epoch::NEVER, |replica| replica.record.lineage_floor());
+        // At most one snapshot is partly taken apart: the oldest of those on their way out.
+        let split = snapshots.iter().filter_map(|snapshot| snapshot.deleted_before).max().unwrap_or(0);
+        let newest = |gone_below: u64| {
+            let needed = snapshots.iter().rev().find(|snapshot| snapshot.deleted_before.is_none_or(|before| before <= gone_below));
+            needed.map_or(foreign, |snapshot| snapshot.epoch)
+        };
+        let (floor, floor_before) = (newest(u64::MAX), newest(0));
+        DeadTree { root, level, base, next: Tree::new(level), floor, floor_before, split, slot, counts_as_live, done_before: base }
+    }
+
+    // Preparing, discarding.
+
+    pub(super) fn advance_space(&mut self) {
+        let scarce = self.allocator.ready() < PREPARE + self.reserve() && self.allocator.unprepared() > 0;
+        if self.poisoned.is_some() || self.space.preparing || !scarce || self.space.refused_at.is_some() {
+            return;
+        }
+        let start = self.allocator.prepared();
+        let count = PREPARE.max(self.reserve()).min(self.allocator.unprepared());
+        self.space.preparing = true;
+        let at = self.superblock.geometry.data_start().plus(start);
+        self.start(Purpose::Prepare(start + count), DiskWork::Prepare { at, count });
+    }
+
+    pub(super) fn on_prepared(&mut self, end: u64, result: io::Result<Option<Buffer>>) {
+        self.space.preparing = false;
+        match result {
+            Ok(_) => self.allocator.set_prepared(end.max(self.allocator.prepared())),
+            Err(error) => {
+                tracing::warn!(store = %self.superblock.id, %error, "no space below for more of the store");
+                self.space.refused_at = Some(self.disk.now());
+            }
+        }
+        self.unstall();
+    }
+
+    /// The file system may have space again.
+    pub(super) fn retry_preparing(&mut self) {
+        let now = self.disk.now();
+        if self.space.refused_at.is_some_and(|at| now.saturating_sub(at) >= PREPARE_PAUSE) {
+            self.space.refused_at = None;
+        }
+    }
+
+    /// These blocks are not needed by any checkpoint.
+    pub(super) fn reuse(&mut self, mut blocks: Vec<DiskBlock>) {
+        if !self.disk.wants_discards() {
+            return blocks.into_iter().for_each(|block| self.allocator.wake(block));
+        }
+        blocks.sort_unstable();
+        for run in blocks.chunk_by(|a, b| a.plus(1) == *b) {
+            match run.first() {
+                Some(at) if run.len() >= DISCARD_MIN => {
+                    self.start(Purpose::Discard(run.to_vec()), DiskWork::Discard { at: *at, count: run.len() as u64 });
+                }
+                _ => run.iter().for_each(|block| self.allocator.wake(*block)),
+            }
+        }
+    }
+
+    pub(super) fn wake(&mut self, block: DiskBlock) {
+        self.allocator.wake(block);
+        self.unstall();
+    }
+
+    /// What waited for space, a checkpoint or copies looks again.
+    pub(super) fn unstall(&mut self) {
+        for (slot, replica) in &mut self.replicas {
+            if std::mem::take(&mut replica.stalled) {
+                self.ready.push_back(*slot);
+            }
+        }
+    }
+
+    /// Counts what the catalog and a replay have left.
+    pub(super) fn count_space(&mut self) {
+        let promised = self.replicas.values().map(|replica| replica.record.promise()).sum();
+        self.space.promised = if self.space.overcommit { 0 } else { promised };
+        let data: u64 = self.replicas.values().map(|replica| replica.record.allocated).sum();
+        self.space.pages = self.allocator.used().saturating_sub(data + self.allocator.own() + self.bad.len() as u64);
+    }
+}

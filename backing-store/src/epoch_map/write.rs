@@ -1,0 +1,545 @@
+//! Applying changes: which blocks are overwritten through the journal, which go to fresh places, and what becomes of the old ones.
+
+use std::ops::Range;
+
+use super::catalog::{DeadTree, Snapshot};
+use super::page::{Child, Entry, root_level};
+use super::read::entries_of;
+use super::record::{Record, Run, Slot};
+use super::replica::{Change, ChangeKind};
+use super::space::Floor;
+use super::tree::{Missing, Tree};
+use super::{EpochMap, OpId, Purpose, Waiter};
+use crate::buffer::SharedBuffer;
+use crate::checksum::Checksum;
+use crate::disk::{Disk, DiskBlock, DiskWork};
+use crate::store::{Outcome, ReplicaState, StoreError, Token};
+use crate::units::{BLOCK_SIZE, BlockIndex, Epoch, Extent, Seq, SnapshotId, VolumeSize};
+
+/// Writes of up to so many blocks (32 KiB) are overwritten in place, through the journal, so that volumes stay laid out as they
+/// are. Larger ones go to fresh places: that is one write instead of two, and long enough to be read back at speed.
+const IN_PLACE_MAX: u64 = 8;
+
+/// What a change does with the first of the queue.
+enum Verdict {
+    /// It was applied, or refused: the next may come.
+    Next,
+    /// It waits for pages that are being read, or for readers before it, and is looked at again when these are done.
+    Wait,
+    /// It waits for space, for a checkpoint or for copies.
+    Stall,
+}
+
+/// Neighbours that are treated alike.
+struct Stretch {
+    blocks: Range<u64>,
+    in_place: bool,
+}
+
+pub(super) fn block_range(extent: Extent) -> Range<u64> {
+    let first = extent.first_block().get();
+    first..first + extent.block_count()
+}
+
+impl Change {
+    /// The size that the volume has after it, if it changes that.
+    pub(super) fn new_size(&self) -> Option<VolumeSize> {
+        if let ChangeKind::Expand { size } = self.kind { Some(size) } else { None }
+    }
+}
+
+impl<D: Disk> EpochMap<D> {
+    pub(super) fn advance_replica(&mut self, slot: Slot) {
+        while self.poisoned.is_none() {
+            match self.apply_first(slot) {
+                Verdict::Next => self.unpark(slot),
+                Verdict::Wait => return,
+                Verdict::Stall => {
+                    if let Some(replica) = self.replicas.get_mut(&slot) {
+                        replica.stalled = true;
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn apply_first(&mut self, slot: Slot) -> Verdict {
+        let Some(replica) = self.replicas.get(&slot) else { return Verdict::Wait };
+        let Some(change) = replica.queue.front() else { return Verdict::Wait };
+        if replica.is_read(change) {
+            return Verdict::Wait;
+        }
+        if !self.journal.has_room() || self.dirty > 2 * self.space.dirty_max() || self.dead.len() >= self.limits.dead {
+            // Trees that are taken apart need no checkpoint.
+            self.checkpoint_wanted |= self.dead.len() < self.limits.dead;
+            return Verdict::Stall;
+        }
+        self.retry_preparing();
+        if let Err(coming) = self.may_change() {
+            if coming {
+                self.checkpoint_wanted |= self.allocator.resting() > 0;
+                return Verdict::Stall;
+            }
+            let error = self.no_space(1);
+            self.refuse_first(slot, error);
+            return Verdict::Next;
+        }
+        let Some(change) = self.replicas.get(&slot).and_then(|replica| replica.queue.front()) else { return Verdict::Wait };
+        match &change.kind {
+            ChangeKind::Write { seq, extent, .. } if !extent.is_empty() => {
+                let (seq, extent) = (*seq, *extent);
+                self.apply_write(slot, seq, extent)
+            }
+            // A write of nothing has a sequence, too.
+            ChangeKind::Write { seq, extent, .. } | ChangeKind::Zeroes { seq, extent } => {
+                let (seq, extent) = (*seq, *extent);
+                self.apply_zeroes(slot, seq, extent)
+            }
+            _ => self.apply_control(slot),
+        }
+    }
+
+    /// Why a write may not come now.
+    fn refusal(&self, slot: Slot, seq: Option<Seq>) -> Option<StoreError> {
+        let replica = self.replicas.get(&slot)?;
+        let volume = replica.record.volume;
+        if replica.failed {
+            return Some(StoreError::Poisoned(volume));
+        }
+        let reason = "a write's sequence does not follow the position";
+        seq.filter(|seq| *seq != replica.record.position.next()).map(|_| StoreError::Misuse { volume, reason })
+    }
+
+    /// Reads what is missing of these pages. Whether all are there.
+    fn has_pages(&mut self, slot: Slot, blocks: &Range<u64>, whole: bool) -> bool {
+        let Some(replica) = self.replicas.get(&slot) else { return false };
+        let mut missing: Vec<Missing> = Vec::new();
+        replica.record.tree.missing(&mut self.cache, blocks, whole, &mut missing);
+        if missing.is_empty() {
+            return true;
+        }
+        let owners = replica.record.owners();
+        missing.iter().for_each(|missing| self.load(*missing, &owners, Waiter::Replica(slot)));
+        false
+    }
+
+    /// The entries of blocks whose pages are there.
+    fn entries(&mut self, slot: Slot, blocks: &Range<u64>) -> Vec<Entry> {
+        self.replicas.get(&slot).map_or(Vec::new(), |replica| entries_of(&replica.record.tree, &mut self.cache, blocks))
+    }
+
+    fn apply_write(&mut self, slot: Slot, seq: Option<Seq>, extent: Extent) -> Verdict {
+        if let Some(error) = self.refusal(slot, seq) {
+            self.refuse_first(slot, error);
+            return Verdict::Next;
+        }
+        let blocks = block_range(extent);
+        if !self.has_pages(slot, &blocks, false) {
+            return Verdict::Wait;
+        }
+        let old = self.entries(slot, &blocks);
+        let stretches = self.stretches(slot, &blocks, &old);
+        let fresh: u64 =
+            stretches.iter().filter(|stretch| !stretch.in_place).map(|stretch| stretch.blocks.end - stretch.blocks.start).sum();
+        if fresh > 0
+            && let Err(coming) = self.may_take(slot, fresh)
+        {
+            if coming {
+                self.checkpoint_wanted |= self.allocator.resting() > 0;
+                return Verdict::Stall;
+            }
+            let error = self.no_space(fresh);
+            self.refuse_first(slot, error);
+            return Verdict::Next;
+        }
+        if self.copying.is_full() {
+            self.copying.eager = true;
+            return Verdict::Stall;
+        }
+        let Some(replica) = self.replicas.get_mut(&slot) else { return Verdict::Wait };
+        let Some(Change { op, token, kind: ChangeKind::Write { checksums, data, .. } }) = replica.queue.pop_front() else {
+            return Verdict::Wait;
+        };
+        self.write(slot, (op, token), seq, extent, &stretches, &old, &checksums, &data);
+        Verdict::Next
+    }
+
+    /// Which blocks of a write are overwritten where they are.
+    fn stretches(&self, slot: Slot, blocks: &Range<u64>, old: &[Entry]) -> Vec<Stretch> {
+        let Some(replica) = self.replicas.get(&slot) else { return Vec::new() };
+        let until = self.checkpoint.as_ref().map(|checkpoint| checkpoint.until());
+        let small = blocks.end - blocks.start <= IN_PLACE_MAX;
+        let floor = replica.in_place_floor();
+        let in_place = |entry: &Entry| {
+            small
+                && entry.is_mapped()
+                && entry.epoch > floor
+                && !self.suspect.contains(&entry.place)
+                // What a checkpoint needs there must be copied first.
+                && until.is_none_or(|until| !self.copying.is_needed_before(entry.place, until))
+        };
+        let mut stretches: Vec<Stretch> = Vec::new();
+        for (index, entry) in blocks.clone().zip(old) {
+            let in_place = in_place(entry);
+            match stretches.last_mut() {
+                Some(last) if last.in_place == in_place => last.blocks.end = index + 1,
+                _ => stretches.push(Stretch { blocks: index..index + 1, in_place }),
+            }
+        }
+        stretches
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "all that a write is")]
+    fn write(
+        &mut self,
+        slot: Slot,
+        (op, token): (OpId, Token),
+        seq: Option<Seq>,
+        extent: Extent,
+        stretches: &[Stretch],
+        old: &[Entry],
+        checksums: &[Checksum],
+        data: &SharedBuffer,
+    ) {
+        let first = extent.first_block().get();
+        let place_in = |block: u64| usize::try_from(block - first).unwrap_or(0);
+        let mut records = Vec::with_capacity(stretches.len());
+        let mut payload = Vec::new();
+        let mut new_places = Vec::with_capacity(old.len());
+        let mut runs_of_data: Vec<(Run, u64)> = Vec::new();
+        for stretch in stretches {
+            let range = place_in(stretch.blocks.start)..place_in(stretch.blocks.end);
+            let block = BlockIndex::new(stretch.blocks.start);
+            let (seq, checksums) = (seq.unwrap_or(Seq::ZERO), checksums[range.clone()].to_vec());
+            if stretch.in_place {
+                payload.push(data.slice(range.start * BLOCK_SIZE as usize..range.end * BLOCK_SIZE as usize));
+                new_places.extend(old[range].iter().map(|entry| entry.place));
+                records.push(Record::Overwrite { slot, seq, block, checksums });
+            } else {
+                let runs = self.allocate(slot, &stretch.blocks, &old[range]);
+                let mut at = stretch.blocks.start;
+                for run in &runs {
+                    runs_of_data.push((*run, at));
+                    new_places.extend((0..u64::from(run.count)).map(|step| run.place.plus(step)));
+                    at += u64::from(run.count);
+                }
+                records.push(Record::Write { slot, seq, block, runs, checksums });
+            }
+        }
+        let batch = self.record(&records, payload);
+        for (run, at) in runs_of_data {
+            let start = place_in(at) * BLOCK_SIZE as usize;
+            let piece = data.slice(start..start + run.count as usize * BLOCK_SIZE as usize);
+            if let Some(replica) = self.replicas.get_mut(&slot) {
+                replica.unreadable.push((op, extent));
+            }
+            self.counters.data_written += u64::from(run.count);
+            self.hold(batch);
+            self.start(Purpose::Fresh(batch, slot, op), DiskWork::Write { at: run.place, pieces: vec![piece] });
+        }
+        for stretch in stretches.iter().filter(|stretch| stretch.in_place) {
+            for block in stretch.blocks.clone() {
+                let (position, start) = (place_in(block), place_in(block) * BLOCK_SIZE as usize);
+                let piece = data.slice(start..start + BLOCK_SIZE as usize);
+                if self.copying.insert(new_places[position], piece, batch) {
+                    self.counters.coalesced += 1;
+                }
+            }
+        }
+        self.map(slot, first, &new_places, checksums);
+        if let (Some(seq), Some(replica)) = (seq, self.replicas.get_mut(&slot)) {
+            replica.record.position = seq;
+            replica.record.log.insert(seq, extent);
+        }
+        self.end_with(batch, slot, token, Outcome::Written, seq);
+    }
+
+    /// Places for these blocks: what was there and around them says where.
+    fn allocate(&mut self, slot: Slot, blocks: &Range<u64>, old: &[Entry]) -> Vec<Run> {
+        let mut wanted = self.neighbour(slot, blocks.start, old);
+        let mut runs: Vec<Run> = Vec::new();
+        let mut next = blocks.start;
+        while next < blocks.end {
+            let count = u32::try_from(blocks.end - next).unwrap_or(u32::MAX);
+            let run = self.allocator.run(wanted, next, count);
+            assert!(run.is_some(), "room was there a moment ago");
+            let Some(run) = run else { return runs };
+            next += u64::from(run.count);
+            wanted = Some(run.place.plus(u64::from(run.count)));
+            match runs.last_mut().filter(|last| last.place.plus(u64::from(last.count)) == run.place) {
+                Some(last) => last.count += run.count,
+                None => runs.push(run),
+            }
+        }
+        if let Some(replica) = self.replicas.get_mut(&slot) {
+            let before = replica.record.promise();
+            replica.record.allocated += blocks.end - blocks.start;
+            self.space.promise(Some(before), Some(&replica.record));
+        }
+        runs
+    }
+
+    /// Where the first of these blocks would lie beside its neighbours in the volume.
+    fn neighbour(&mut self, slot: Slot, block: u64, old: &[Entry]) -> Option<DiskBlock> {
+        // A redirected write: anywhere but where the old blocks are; beside what precedes them is not free either.
+        if old.first().is_some_and(Entry::is_mapped) {
+            return None;
+        }
+        let leaf = block / 256 * 256;
+        let before = self.entries(slot, &(leaf.max(block.saturating_sub(1))..block));
+        if let Some(entry) = before.last().filter(|entry| entry.is_mapped()) {
+            return Some(entry.place.plus(1));
+        }
+        let around = self.entries(slot, &(leaf..(leaf + 256)));
+        let at = |index: usize| leaf + index as u64;
+        let (index, entry) =
+            around.iter().enumerate().filter(|(_, entry)| entry.is_mapped()).min_by_key(|(index, _)| at(*index).abs_diff(block))?;
+        (entry.place.get() + block).checked_sub(at(index)).map(DiskBlock::new)
+    }
+
+    /// Points the map to new places, in the present epoch, and gives up what only it needed.
+    pub(super) fn map(&mut self, slot: Slot, first: u64, places: &[DiskBlock], checksums: &[Checksum]) {
+        let Some(replica) = self.replicas.get_mut(&slot) else { return };
+        let record = &mut replica.record;
+        let (epoch, foreign) = (record.epoch, record.lineage_floor());
+        let range = first..first + places.len() as u64;
+        let mut left: Vec<(u64, Entry)> = Vec::new();
+        let mut kept = 0;
+        let mut change = |index: u64, entry: &mut Entry| {
+            let position = usize::try_from(index - first).unwrap_or(usize::MAX);
+            let new = Entry { place: places[position], epoch, checksum: checksums[position] };
+            let old = std::mem::replace(entry, new);
+            if old.place == new.place {
+                kept += 1;
+            } else if old.is_mapped() {
+                left.push((index, old));
+            }
+        };
+        record.tree.change(&mut self.cache, &range, epoch, &mut self.dirty, &mut change);
+        record.live += places.len() as u64 - kept;
+        for (index, entry) in left {
+            let needed = self.replicas.get(&slot).map_or(Epoch::NEVER, |replica| replica.record.floor_at(index));
+            self.displace_block(slot, entry, Floor { needed, foreign });
+        }
+    }
+
+    fn apply_zeroes(&mut self, slot: Slot, seq: Option<Seq>, extent: Extent) -> Verdict {
+        if let Some(error) = self.refusal(slot, seq) {
+            self.refuse_first(slot, error);
+            return Verdict::Next;
+        }
+        let blocks = block_range(extent);
+        if !blocks.is_empty() && !self.has_pages(slot, &blocks, true) {
+            return Verdict::Wait;
+        }
+        let Some(change) = self.replicas.get_mut(&slot).and_then(|replica| replica.queue.pop_front()) else { return Verdict::Wait };
+        let (block, count) = (BlockIndex::new(blocks.start), extent.block_count());
+        let batch = self.record(&[Record::Zeroes { slot, seq: seq.unwrap_or(Seq::ZERO), block, count }], Vec::new());
+        self.zero(slot, &blocks);
+        if let (Some(seq), Some(replica)) = (seq, self.replicas.get_mut(&slot)) {
+            replica.record.position = seq;
+            replica.record.log.insert(seq, extent);
+        }
+        self.end_with(batch, slot, change.token, Outcome::Written, seq);
+        Verdict::Next
+    }
+
+    /// Makes blocks zeros in the map, in the present epoch.
+    pub(super) fn zero(&mut self, slot: Slot, blocks: &Range<u64>) {
+        let Some(replica) = self.replicas.get_mut(&slot).filter(|_| !blocks.is_empty()) else { return };
+        let record = &mut replica.record;
+        let mut left = Vec::new();
+        record.tree.zero(&mut self.cache, blocks, record.epoch, &mut self.dirty, &mut |displaced| left.push(displaced));
+        left.into_iter().for_each(|displaced| self.displace(slot, displaced));
+    }
+
+    /// Everything but writes.
+    fn apply_control(&mut self, slot: Slot) -> Verdict {
+        if !self.is_ready_for_control(slot) {
+            return Verdict::Stall;
+        }
+        if let Some(error) = self.control_refusal(slot) {
+            self.refuse_first(slot, error);
+            return Verdict::Next;
+        }
+        let Some(replica) = self.replicas.get_mut(&slot) else { return Verdict::Wait };
+        let Some(Change { token, kind, .. }) = replica.queue.pop_front() else { return Verdict::Wait };
+        let record = &replica.record;
+        let (epoch, volume) = (record.epoch, record.volume);
+        let kept = |snapshot| record.snapshot(snapshot).map(|kept| kept.epoch);
+        let (entry, outcome, position) = match kind {
+            ChangeKind::State { state, position } => (Record::State { slot, state, position }, Outcome::StateSet, position),
+            ChangeKind::Logged { after } => {
+                let found = record.log.after(after, record.size);
+                // What it tells is true once the writes before are; nothing is recorded.
+                let batch = self.journal.next.previous();
+                if batch <= self.journal.done {
+                    self.complete(volume, token, Ok(Outcome::Logged(found)));
+                } else {
+                    self.end_with(batch, slot, token, Outcome::Logged(found), None);
+                }
+                return Verdict::Next;
+            }
+            ChangeKind::RaiseEpoch => {
+                let epoch = epoch.next().unwrap_or(epoch);
+                (Record::RaiseEpoch { slot, epoch }, Outcome::Epoch(epoch), None)
+            }
+            ChangeKind::Snapshot { snapshot } => {
+                if let Some(ended) = kept(snapshot) {
+                    self.complete(volume, token, Ok(Outcome::Epoch(ended.next().unwrap_or(ended))));
+                    return Verdict::Next;
+                }
+                (Record::Snapshot { slot, snapshot, epoch }, Outcome::Epoch(epoch.next().unwrap_or(epoch)), None)
+            }
+            ChangeKind::DeleteSnapshot { snapshot } => {
+                if kept(snapshot).is_none() {
+                    self.complete(volume, token, Ok(Outcome::Done));
+                    return Verdict::Next;
+                }
+                (Record::DeleteSnapshot { slot, snapshot }, Outcome::Done, None)
+            }
+            ChangeKind::Revert { snapshot } => {
+                let epoch = epoch.next().unwrap_or(epoch);
+                (Record::Revert { slot, snapshot, epoch }, Outcome::Epoch(epoch), None)
+            }
+            ChangeKind::Expand { size } => (Record::Expand { slot, size }, Outcome::Done, None),
+            ChangeKind::Write { .. } | ChangeKind::Zeroes { .. } => return Verdict::Next,
+        };
+        let batch = self.record(std::slice::from_ref(&entry), Vec::new());
+        self.apply_control_record(&entry);
+        self.end_durably(batch, slot, token, outcome, position);
+        Verdict::Next
+    }
+
+    /// Whether the first change can be applied, or must wait for a checkpoint.
+    fn is_ready_for_control(&mut self, slot: Slot) -> bool {
+        let Some(replica) = self.replicas.get(&slot) else { return false };
+        let Some(ChangeKind::Revert { snapshot }) = replica.queue.front().map(|change| &change.kind) else { return true };
+        let Some(since) = replica.record.snapshot(*snapshot).map(|snapshot| snapshot.epoch) else { return true };
+        let in_memory = |tree: &Tree| matches!(tree.root, Child::Memory(_));
+        let later = replica.record.snapshots.iter().filter(|snapshot| snapshot.epoch >= since);
+        let wanted = later.map(|snapshot| &snapshot.tree).chain([&replica.record.tree]).any(in_memory);
+        self.checkpoint_wanted |= wanted;
+        !wanted
+    }
+
+    fn control_refusal(&self, slot: Slot) -> Option<StoreError> {
+        let record = &self.replicas.get(&slot)?.record;
+        let volume = record.volume;
+        let misuse = |reason| Some(StoreError::Misuse { volume, reason });
+        let last_epoch = record.epoch.next().is_none();
+        let newest = record.snapshots.iter().rev().find(|snapshot| snapshot.deleted_before.is_none()).map(|snapshot| snapshot.id);
+        match &self.replicas.get(&slot)?.queue.front()?.kind {
+            ChangeKind::RaiseEpoch if last_epoch => misuse("the epochs are used up"),
+            ChangeKind::Snapshot { snapshot } => {
+                let there = record.snapshot(*snapshot).is_some();
+                if there && newest != Some(*snapshot) {
+                    return misuse("a snapshot with this identity is there already, and is not the newest");
+                }
+                if there {
+                    return None;
+                }
+                if last_epoch {
+                    return misuse("the epochs are used up");
+                }
+                let count: usize = self.replicas.values().map(|replica| replica.record.snapshots.len()).sum();
+                (count >= self.limits.snapshots).then(|| self.limit("snapshots", self.limits.snapshots))
+            }
+            ChangeKind::DeleteSnapshot { snapshot } => self.clone_in_the_way(slot, Some(*snapshot)),
+            ChangeKind::Revert { snapshot } => match record.snapshot(*snapshot) {
+                None => Some(StoreError::UnknownSnapshot { volume, snapshot: *snapshot }),
+                Some(_) if newest != Some(*snapshot) => misuse("only the newest snapshot can be reverted to: delete those after it first"),
+                Some(_) if last_epoch => misuse("the epochs are used up"),
+                Some(_) => None,
+            },
+            ChangeKind::Expand { size } => {
+                let more = size.blocks().saturating_sub(record.size.blocks());
+                VolumeSize::new(more * u64::from(BLOCK_SIZE)).ok().and_then(|more| self.check_room(more).err())
+            }
+            _ => None,
+        }
+    }
+
+    /// Applies a record of a control operation, now or at a replay.
+    pub(super) fn apply_control_record(&mut self, entry: &Record) {
+        match entry {
+            Record::State { slot, state, position } => self.set_state(*slot, *state, *position),
+            Record::RaiseEpoch { slot, epoch } => {
+                if let Some(replica) = self.replicas.get_mut(slot) {
+                    replica.record.epoch = *epoch;
+                }
+            }
+            Record::Snapshot { slot, snapshot, epoch } => self.keep_snapshot(*slot, *snapshot, *epoch),
+            Record::DeleteSnapshot { slot, snapshot } => {
+                if let Some(replica) = self.replicas.get_mut(slot) {
+                    let kept = |found: &&mut Snapshot| found.id == *snapshot && found.deleted_before.is_none();
+                    if let Some(found) = replica.record.snapshots.iter_mut().find(kept) {
+                        found.deleted_before = Some(0);
+                    }
+                    self.background.wake();
+                }
+            }
+            Record::Revert { slot, snapshot, epoch } => self.revert(*slot, *snapshot, *epoch),
+            Record::Expand { slot, size } => {
+                if let Some(replica) = self.replicas.get_mut(slot) {
+                    let record = &mut replica.record;
+                    let before = record.promise();
+                    record.size = *size;
+                    record.tree.grow(root_level(size.blocks()), record.epoch, &mut self.dirty);
+                    self.space.promise(Some(before), Some(&replica.record));
+                }
+            }
+            Record::Write { .. } | Record::Overwrite { .. } | Record::Zeroes { .. } | Record::Create { .. } | Record::Delete { .. } => {}
+        }
+    }
+
+    fn set_state(&mut self, slot: Slot, state: ReplicaState, position: Option<Seq>) {
+        let Some(replica) = self.replicas.get_mut(&slot) else { return };
+        replica.record.state = state;
+        if let Some(position) = position {
+            replica.record.position = position;
+            replica.record.log.restart(position);
+        }
+    }
+
+    fn keep_snapshot(&mut self, slot: Slot, id: SnapshotId, epoch: Epoch) {
+        let Some(replica) = self.replicas.get_mut(&slot) else { return };
+        let record = &mut replica.record;
+        let (size, tree, live) = (record.size, record.tree.clone(), record.live);
+        record.snapshots.push(Snapshot { id, epoch, size, tree, live, deleted_before: None });
+        record.epoch = epoch.next().unwrap_or(epoch);
+    }
+
+    fn revert(&mut self, slot: Slot, id: SnapshotId, epoch: Epoch) {
+        let Some(replica) = self.replicas.get_mut(&slot) else { return };
+        let record = &mut replica.record;
+        let Some(snapshot) = record.snapshot(id) else { return };
+        let (mut tree, live, since) = (snapshot.tree.clone(), snapshot.live, snapshot.epoch);
+        // The volume may have grown since; it stays as large.
+        tree.grow(record.tree.level, epoch, &mut self.dirty);
+        let mut next = std::mem::replace(&mut record.tree, tree);
+        record.live = live;
+        record.epoch = epoch;
+        record.note_revert(since, epoch);
+        // What left the volume after the snapshot is not in the count that came back.
+        let later = self.dead.iter_mut().filter(|dead| dead.slot == slot && dead.floor >= since);
+        later.for_each(|dead| dead.counts_as_live = false);
+        // All that is younger than the snapshot goes: the volume as it was, and snapshots that were on their way out. They are a
+        // branch of their own now: what comes after the snapshot is the volume, which has all that it has.
+        let first = record.snapshots.partition_point(|snapshot| snapshot.epoch <= since);
+        let branch: Vec<Snapshot> = record.snapshots.drain(first..).collect();
+        let mut dead = Vec::new();
+        let mut give_up = |tree: Tree, next: Tree, done_before: u64| {
+            let Child::Disk(root) = tree.root else { return };
+            let (level, base, floor, counts_as_live) = (tree.level, 0, since, false);
+            dead.push(DeadTree { root, level, base, next, floor, floor_before: floor, split: 0, slot, counts_as_live, done_before });
+        };
+        give_up(next.clone(), Tree::new(next.level), 0);
+        for snapshot in branch.into_iter().rev() {
+            give_up(snapshot.tree.clone(), std::mem::replace(&mut next, snapshot.tree), snapshot.deleted_before.unwrap_or(0));
+        }
+        self.dead.extend(dead.into_iter().rev());
+        self.background.wake();
+    }
+}
