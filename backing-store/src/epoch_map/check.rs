@@ -238,10 +238,12 @@ impl<D: Disk> Walk<'_, D> {
         let Some(record) = self.store.replicas.get(&slot).map(|replica| replica.record.frozen()) else { return };
         self.report.volumes += 1;
         let owners = record.owners();
-        let none = |_: u64| Epoch::NEVER;
+        // The origin of a clone that is given up may be gone already.
+        let above = if record.deleting { owners.floor() } else { Epoch::NEVER };
+        let floor = |_: u64| above;
         // Not once: all its blocks are counted.
-        let mut scope = Scope { owners: owners.clone(), size: record.size.blocks(), from: 0, above: Epoch::NEVER, once: false, own: 0 };
-        self.tree(&record.tree.root, record.tree.level, 0, &mut scope, &none);
+        let mut scope = Scope { owners: owners.clone(), size: record.size.blocks(), from: 0, above, once: false, own: 0 };
+        self.tree(&record.tree.root, record.tree.level, 0, &mut scope, &floor);
         let dead = self.store.dead.iter().any(|dead| dead.slot == slot && dead.counts_as_live);
         if !dead && scope.own != record.live {
             self.count(&owners, "blocks of the volume", record.live, scope.own);
@@ -250,8 +252,8 @@ impl<D: Disk> Walk<'_, D> {
             self.report.snapshots += 1;
             let from = snapshot.deleted_before.unwrap_or(0);
             let size = snapshot.size.blocks();
-            let mut scope = Scope { owners: owners.clone(), size, from, above: Epoch::NEVER, once: true, own: 0 };
-            self.tree(&snapshot.tree.root, snapshot.tree.level, 0, &mut scope, &none);
+            let mut scope = Scope { owners: owners.clone(), size, from, above, once: true, own: 0 };
+            self.tree(&snapshot.tree.root, snapshot.tree.level, 0, &mut scope, &floor);
         }
     }
 

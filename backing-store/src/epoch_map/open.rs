@@ -15,7 +15,7 @@ use super::commit::Journal;
 use super::copying::Copying;
 use super::journal::BatchNumber;
 use super::page::{Node, PageIdentity, PagePointer};
-use super::read::Reading;
+use super::reading::Reading;
 use super::replica::Replica;
 use super::space::Space;
 use super::superblock::{COPIES, FORMAT, Geometry, JournalHead, READ_ONLY_COMPATIBLE, Superblock, SuperblockError};
@@ -208,7 +208,20 @@ impl<D: Disk> EpochMap<D> {
     }
 
     /// Reads everything, and writes nothing.
-    pub(super) fn read_all(mut disk: D, path: &Path, options: &OpenOptions) -> Result<Self, StoreError> {
+    pub(super) fn read_all(disk: D, path: &Path, options: &OpenOptions) -> Result<Self, StoreError> {
+        let mut store = Self::read_checkpoint(disk, path, options)?;
+        store.replay()?;
+        for replica in store.replicas.values_mut() {
+            replica.acknowledged = replica.record.position;
+            replica.durable = replica.record.position;
+        }
+        store.count_space();
+        store.background.wake();
+        Ok(store)
+    }
+
+    /// What the last checkpoint says.
+    pub(super) fn read_checkpoint(mut disk: D, path: &Path, options: &OpenOptions) -> Result<Self, StoreError> {
         let pool = BufferPool::new(super::POOL_KEEP);
         let mut next_io = 0;
         let mut direct = Direct { disk: &mut disk, pool: &pool, next: &mut next_io };
@@ -254,13 +267,6 @@ impl<D: Disk> EpochMap<D> {
         let kept = store.replicas.values().filter(|replica| !replica.record.deleting);
         store.by_volume = kept.map(|replica| (replica.record.volume, replica.record.slot)).collect();
         store.count_space();
-        store.replay()?;
-        for replica in store.replicas.values_mut() {
-            replica.acknowledged = replica.record.position;
-            replica.durable = replica.record.position;
-        }
-        store.count_space();
-        store.background.wake();
         Ok(store)
     }
 

@@ -13,7 +13,7 @@ use super::codec::FormatError;
 use super::commit::Journal;
 use super::journal::{Batch, BatchNumber, HEADER_BLOCKS_MAX, PAYLOAD_BLOCKS_MAX, decode_header, header_length};
 use super::open::decode_page;
-use super::read::entries_of;
+use super::reading::entries_of;
 use super::record::{Record, Run, Slot};
 use super::superblock::JournalHead;
 use super::tree::{Missing, Tree};

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use super::OpId;
 use super::catalog::ReplicaRecord;
-use super::read::ReadKey;
+use super::reading::ReadKey;
 use crate::buffer::SharedBuffer;
 use crate::checksum::Checksum;
 use crate::store::{OpenedReplica, ReplicaSpec, ReplicaState, SnapshotInfo, Token};

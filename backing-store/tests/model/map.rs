@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use carrick_backing_store::disk::SimulatedDisk;
-use carrick_backing_store::epoch_map::{CheckOptions, EpochMap, FormatOptions, OpenOptions, check, format};
+use carrick_backing_store::epoch_map::{CheckOptions, EpochMap, FormatOptions, OpenOptions, check, dump, format};
 use carrick_backing_store::{ByteLength, ReplicaStore, StoreId};
 
 use super::dice::Dice;
@@ -41,7 +41,10 @@ impl Subject for Map {
             format(&mut disk, path, &FormatOptions { id: Some(StoreId::from_bytes([1; 16])) }).unwrap();
         }
         let report = check(self.disk.reopen(), path, &CheckOptions { data: true }).unwrap();
-        assert!(report.is_clean(), "{report:?}");
+        if !report.is_clean() {
+            dump(self.disk.reopen(), path, &mut std::io::stdout()).unwrap();
+            panic!("{report:?}");
+        }
         self.disk.set_manual_completion(true);
         // No cache to speak of: pages are read again and again.
         EpochMap::open(self.disk.reopen(), path, &OpenOptions { cache: ByteLength::new(0), overcommit: true }).unwrap()
