@@ -1,8 +1,8 @@
 //! Map pages as they are on the disk, kept in memory up to a budget.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::numbers::NumberMap;
 use super::page::Node;
 use crate::disk::DiskBlock;
 
@@ -17,7 +17,7 @@ struct Place {
 /// A cache with the second-chance (clock) rule: a page that was used since the hand came by stays for another round.
 #[derive(Debug)]
 pub(super) struct PageCache {
-    index: HashMap<DiskBlock, usize>,
+    index: NumberMap<DiskBlock, usize>,
     places: Vec<Place>,
     hand: usize,
     memory: usize,
@@ -30,7 +30,7 @@ const PAGES_MIN: usize = 512;
 impl PageCache {
     /// Keeps up to `budget` bytes, or [`PAGES_MIN`] pages if that is more.
     pub(super) fn new(budget: usize) -> Self {
-        Self { index: HashMap::new(), places: Vec::new(), hand: 0, memory: 0, budget }
+        Self { index: NumberMap::default(), places: Vec::new(), hand: 0, memory: 0, budget }
     }
 
     pub(super) fn get(&mut self, at: DiskBlock) -> Option<Arc<Node>> {

@@ -70,7 +70,7 @@ pub(super) struct ReplicaRecord {
     /// Of these, what the volume holds as it is now.
     pub(super) live: u64,
     /// For a clone: whose blocks are of epochs up to which, ascending. The last is its origin.
-    pub(super) lineage: Vec<(Epoch, VolumeId)>,
+    pub(super) lineage: Arc<[(Epoch, VolumeId)]>,
     /// The snapshot that it is a clone of.
     pub(super) origin: Option<(Slot, SnapshotId)>,
     /// The reverts, oldest first.
@@ -154,7 +154,7 @@ impl Owners {
 
 impl ReplicaRecord {
     pub(super) fn owners(&self) -> Owners {
-        Owners { volume: self.volume, lineage: self.lineage.clone().into() }
+        Owners { volume: self.volume, lineage: Arc::clone(&self.lineage) }
     }
 
     /// What is not younger than this belongs to an ancestor.
@@ -178,7 +178,7 @@ impl ReplicaRecord {
         Self {
             tree: self.tree.clone(),
             snapshots: self.snapshots.clone(),
-            lineage: self.lineage.clone(),
+            lineage: Arc::clone(&self.lineage),
             reverts: self.reverts.clone(),
             log: self.log.without_extents(),
             ..*self
@@ -354,7 +354,7 @@ impl ReplicaRecord {
         let epoch = Epoch::new(reader.u32()?);
         let tree = Tree { root: read_child(reader)?, level: root_level(size.blocks()) };
         let (allocated, live) = (reader.u64()?, reader.u64()?);
-        let lineage = read_lineage(reader)?;
+        let lineage = read_lineage(reader)?.into();
         let origin = flag(reader, "replica.origin")?
             .then(|| Ok::<_, FormatError>((Slot(reader.u32()?), SnapshotId::from_bytes(reader.array()?))))
             .transpose()?;

@@ -157,7 +157,7 @@ impl CheckReport {
 /// As [`EpochMap::open`]: a store that can't be opened can't be walked.
 pub fn check<D: Disk>(disk: D, path: &Path, options: &CheckOptions) -> Result<CheckReport, StoreError> {
     let open = OpenOptions { cache: ByteLength::new(64 << 20), overcommit: true };
-    let mut store = EpochMap::read_all(disk, path, &open)?;
+    let (mut store, _) = EpochMap::read_all(disk, path, &open)?;
     let mut report = CheckReport { batches: store.journal.head().batch.0 - store.superblock.journal.batch.0, ..CheckReport::default() };
     store.check_copies(&mut report)?;
     let blocks = usize::try_from(store.superblock.geometry.data_blocks).unwrap_or(usize::MAX);

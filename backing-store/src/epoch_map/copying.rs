@@ -3,10 +3,11 @@
 //! Until then their data is in memory, where reads find it. A place's data is copied from its newest overwrite; ones before
 //! that are saved, unless a running checkpoint needs them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use super::journal::BatchNumber;
+use super::numbers::NumberMap;
 use super::{EpochMap, Purpose};
 use crate::buffer::{Buffer, SharedBuffer};
 use crate::disk::{Disk, DiskBlock, DiskWork};
@@ -34,7 +35,7 @@ struct Pending {
 
 #[derive(Debug, Default)]
 pub(super) struct Copying {
-    blocks: HashMap<DiskBlock, Pending>,
+    blocks: NumberMap<DiskBlock, Pending>,
     queue: BTreeSet<(BatchNumber, DiskBlock)>,
     /// How many copies of each batch are not yet on stable media.
     owed: BTreeMap<BatchNumber, usize>,
@@ -149,13 +150,13 @@ impl<D: Disk> EpochMap<D> {
         if self.poisoned.is_some() {
             return;
         }
-        let urgent = self.copying.eager || self.checkpoint.as_ref().is_some_and(|checkpoint| self.copying.has_before(checkpoint.until()));
         let waiting = self.copying.queue.len();
+        if waiting == 0 {
+            self.copying.eager = false;
+        }
+        let urgent = self.copying.eager || self.checkpoint.as_ref().is_some_and(|checkpoint| self.copying.has_before(checkpoint.until()));
         self.copying.running = urgent || waiting > if self.copying.running { END } else { BEGIN };
         if !self.copying.running {
-            if waiting == 0 {
-                self.copying.eager = false;
-            }
             return;
         }
         if self.copying.queue.first().is_some_and(|(batch, _)| *batch > self.journal.synced) && !self.copying.has_copied() {

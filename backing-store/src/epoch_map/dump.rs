@@ -29,7 +29,7 @@ pub fn dump<D: Disk>(disk: D, path: &Path, out: &mut dyn Write) -> Result<(), St
     }
     writeln!(out, "journal: the chain ends before batch {} at {}", at.batch.0, at.offset).map_err(failed)?;
     match store.replay() {
-        Ok(()) => {
+        Ok(_) => {
             let end = store.journal.head();
             writeln!(out, "journal: replayed up to batch {} at {}", end.batch.0, end.offset).map_err(failed)?;
             store.dump_replicas(out).map_err(failed)
@@ -113,7 +113,7 @@ fn dump_replica(record: &ReplicaRecord, out: &mut dyn Write) -> io::Result<()> {
     )?;
     writeln!(out, "  position {}, {:?}", record.position, record.state)?;
     writeln!(out, "  {} blocks, {} of them in the volume; map: {}", record.allocated, record.live, child(&record.tree.root))?;
-    for (epoch, volume) in &record.lineage {
+    for (epoch, volume) in &*record.lineage {
         writeln!(out, "  up to epoch {epoch}: volume {volume}")?;
     }
     if let Some((slot, snapshot)) = record.origin {

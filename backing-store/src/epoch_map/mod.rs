@@ -28,6 +28,7 @@ mod dirty_log;
 mod dump;
 mod idle;
 mod journal;
+mod numbers;
 mod open;
 mod operations;
 mod page;
@@ -40,7 +41,7 @@ mod superblock;
 mod tree;
 mod write;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -59,6 +60,7 @@ use checkpoint::Checkpoint;
 use commit::Journal;
 use copying::Copying;
 use journal::BatchNumber;
+use numbers::{NumberMap, NumberSet};
 use reading::{ReadKey, Reading};
 use record::Slot;
 use replica::Replica;
@@ -121,9 +123,9 @@ pub struct EpochMap<D: Disk> {
     next_slot: u32,
     next_op: u64,
     next_io: u64,
-    in_flight: HashMap<IoId, Purpose>,
+    in_flight: NumberMap<IoId, Purpose>,
     cache: PageCache,
-    waiters: HashMap<DiskBlock, Vec<Waiter>>,
+    waiters: NumberMap<DiskBlock, Vec<Waiter>>,
     allocator: Allocator,
     space: Space,
     journal: Journal,
@@ -136,7 +138,7 @@ pub struct EpochMap<D: Disk> {
     bad: BTreeSet<DiskBlock>,
     limits: catalog::Limits,
     /// Blocks that could not be read: when they are given up they are not used again.
-    suspect: HashSet<DiskBlock>,
+    suspect: NumberSet<DiskBlock>,
     /// Pages changed since the last checkpoint's freeze.
     dirty: usize,
     /// Replicas whose queues may go on.
@@ -256,7 +258,10 @@ impl<D: Disk> EpochMap<D> {
             Purpose::Sync => self.on_synced(result),
             Purpose::Checkpoint => self.on_checkpoint_io(result),
             Purpose::Prepare(end) => self.on_prepared(end, result),
-            Purpose::Discard(blocks) => blocks.into_iter().for_each(|block| self.wake(block)),
+            Purpose::Discard(blocks) => {
+                self.space.discarding -= blocks.len() as u64;
+                blocks.into_iter().for_each(|block| self.wake(block));
+            }
         }
     }
 

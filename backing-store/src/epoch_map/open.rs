@@ -1,6 +1,6 @@
 //! Making a store, and opening one: the newest superblock, its catalog and bits; `replay` does the journal from there.
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,8 +14,10 @@ use super::codec::FormatError;
 use super::commit::Journal;
 use super::copying::Copying;
 use super::journal::BatchNumber;
+use super::numbers::{NumberMap, NumberSet};
 use super::page::{Node, PageIdentity, PagePointer};
 use super::reading::Reading;
+use super::replay::Unsaid;
 use super::replica::Replica;
 use super::space::Space;
 use super::superblock::{COPIES, FORMAT, Geometry, JournalHead, READ_ONLY_COMPATIBLE, Superblock, SuperblockError};
@@ -183,11 +185,12 @@ impl<D: Disk> EpochMap<D> {
     /// # Errors
     /// [`StoreError::NotAStore`], [`StoreError::UnknownFormat`], [`StoreError::UnknownFeatures`], [`StoreError::Damaged`]; I/O.
     pub fn open(disk: D, path: &Path, options: &OpenOptions) -> Result<Self, StoreError> {
-        let mut store = Self::read_all(disk, path, options)?;
+        let (mut store, unsaid) = Self::read_all(disk, path, options)?;
         let unknown = store.superblock.read_only_compatible & !READ_ONLY_COMPATIBLE;
         if unknown != 0 {
             return Err(StoreError::UnknownFeatures { path: path.to_owned(), features: unknown });
         }
+        store.write_again(&unsaid)?;
         store.superblock.incarnation += 1;
         store.write_incarnation().map_err(|source| StoreError::Io { action: "write", path: path.to_owned(), source })?;
         Ok(store)
@@ -208,16 +211,16 @@ impl<D: Disk> EpochMap<D> {
     }
 
     /// Reads everything, and writes nothing.
-    pub(super) fn read_all(disk: D, path: &Path, options: &OpenOptions) -> Result<Self, StoreError> {
+    pub(super) fn read_all(disk: D, path: &Path, options: &OpenOptions) -> Result<(Self, Unsaid), StoreError> {
         let mut store = Self::read_checkpoint(disk, path, options)?;
-        store.replay()?;
+        let unsaid = store.replay()?;
         for replica in store.replicas.values_mut() {
             replica.acknowledged = replica.record.position;
             replica.durable = replica.record.position;
         }
         store.count_space();
         store.background.wake();
-        Ok(store)
+        Ok((store, unsaid))
     }
 
     /// What the last checkpoint says.
@@ -240,9 +243,9 @@ impl<D: Disk> EpochMap<D> {
             next_slot: catalog.next_slot,
             next_op: 0,
             next_io,
-            in_flight: HashMap::new(),
+            in_flight: NumberMap::default(),
             cache: PageCache::new(usize::try_from(options.cache.get()).unwrap_or(usize::MAX)),
-            waiters: HashMap::new(),
+            waiters: NumberMap::default(),
             allocator,
             space: Space::new(superblock.geometry.data_blocks, options.overcommit),
             journal: Journal::new(superblock.geometry.journal_blocks, superblock.journal, 0, superblock.journal.batch.previous()),
@@ -254,7 +257,7 @@ impl<D: Disk> EpochMap<D> {
             dead: catalog.dead,
             bad: catalog.bad,
             limits: Limits::new(&superblock.geometry),
-            suspect: HashSet::new(),
+            suspect: NumberSet::default(),
             dirty: 0,
             ready: VecDeque::new(),
             completions: Vec::new(),

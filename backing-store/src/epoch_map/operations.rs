@@ -144,7 +144,7 @@ impl<D: Disk> EpochMap<D> {
             snapshots: Vec::new(),
             allocated: 0,
             live: 0,
-            lineage: Vec::new(),
+            lineage: [].into(),
             origin,
             reverts: Vec::new(),
             deleting: false,
@@ -154,9 +154,8 @@ impl<D: Disk> EpochMap<D> {
             && let Some(from) = self.replicas.get(&origin)
             && let Some(snapshot) = from.record.snapshot(id)
         {
-            record.lineage = from.record.lineage.clone();
             record.reverts = from.record.reverts.iter().copied().filter(|revert| revert.first_raised <= snapshot.epoch).collect();
-            record.lineage.push((snapshot.epoch, from.record.volume));
+            record.lineage = from.record.lineage.iter().copied().chain([(snapshot.epoch, from.record.volume)]).collect();
             record.epoch = snapshot.epoch.next().unwrap_or(snapshot.epoch);
             record.tree = snapshot.tree.clone();
             record.tree.grow(level, record.epoch, &mut self.dirty);

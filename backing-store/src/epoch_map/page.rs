@@ -21,7 +21,7 @@ const CHECKSUM_AT: usize = 40;
 
 /// Blocks of a volume under a page of this level; leaves have level 0.
 pub(super) const fn blocks_under(level: u8) -> u64 {
-    (FAN_OUT as u64).pow(level as u32 + 1)
+    1 << (FAN_OUT.trailing_zeros() * (level as u32 + 1))
 }
 
 /// Level of the root of a volume of so many blocks.

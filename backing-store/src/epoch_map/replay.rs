@@ -13,13 +13,12 @@ use super::codec::FormatError;
 use super::commit::Journal;
 use super::journal::{Batch, BatchNumber, HEADER_BLOCKS_MAX, PAYLOAD_BLOCKS_MAX, decode_header, header_length};
 use super::open::decode_page;
-use super::reading::entries_of;
 use super::record::{Record, Run, Slot};
 use super::superblock::JournalHead;
 use super::tree::{Missing, Tree};
 use crate::buffer::{Buffer, SharedBuffer};
 use crate::checksum::{Checksum, block_checksum};
-use crate::disk::{Disk, DiskBlock};
+use crate::disk::{Disk, DiskBlock, DiskWork};
 use crate::store::{BLOCKS_MAX, ReplicaSpec, StoreError};
 use crate::units::{BLOCK_SIZE, BlockIndex, ByteLength, Extent, Seq, VolumeId};
 
@@ -42,8 +41,15 @@ struct Found {
     volumes: HashMap<Slot, VolumeId>,
 }
 
+/// Batches that were replayed though the disk doesn't say that they were on stable media.
+pub(super) struct Unsaid {
+    batches: Vec<JournalHead>,
+    volumes: HashMap<Slot, VolumeId>,
+}
+
 impl<D: Disk> EpochMap<D> {
-    pub(super) fn replay(&mut self) -> Result<(), StoreError> {
+    /// Reads the journal and applies it. Gives the batches in it of which the disk doesn't say that they were on stable media.
+    pub(super) fn replay(&mut self) -> Result<Unsaid, StoreError> {
         let mut found = self.find_end()?;
         self.cut(&mut found)?;
         let ring = self.superblock.geometry.journal_blocks;
@@ -60,7 +66,39 @@ impl<D: Disk> EpochMap<D> {
             at = next;
         }
         self.journal = Journal::new(ring, at, used, found.synced);
+        let mut unsaid = found.unsaid;
+        unsaid.retain(|(head, _)| head.batch < found.end.batch);
+        Ok(Unsaid { batches: unsaid.into_iter().map(|(head, _)| head).collect(), volumes: found.volumes })
+    }
+
+    /// Writes what a replay relied on to where it is, once more. Reading it back doesn't show that it is on stable media: after a
+    /// sync has failed, a disk may have it in a cache that the next sync says nothing about.
+    pub(super) fn write_again(&mut self, unsaid: &Unsaid) -> Result<(), StoreError> {
+        for at in &unsaid.batches {
+            let Some((batch, _)) = self.read_batch(at)? else { return Err(self.damaged("the journal changed while it was read")) };
+            let start = self.superblock.geometry.journal_start().plus(batch.head.offset);
+            let whole = self.read_journal(start, batch.head.header_blocks + batch.head.payload_blocks)?;
+            self.write_back(start, whole)?;
+            for record in &batch.records {
+                let Record::Write { slot, block, runs, checksums, .. } = record else { continue };
+                let Some(volume) = unsaid.volumes.get(slot) else { continue };
+                let absent = self.absent_blocks(*volume, *block, runs, checksums)?;
+                let places = runs.iter().flat_map(|run| (0..u64::from(run.count)).map(|step| run.place.plus(step)));
+                for (block, place) in (block.get()..).map(BlockIndex::new).zip(places) {
+                    // One that an overwrite replaces gets that one's data.
+                    if !absent.contains(&block) {
+                        let data = self.direct().read(place, 1).map_err(|source| self.io_error("read", source))?;
+                        self.write_back(place, data)?;
+                    }
+                }
+            }
+        }
         Ok(())
+    }
+
+    fn write_back(&mut self, at: DiskBlock, data: Buffer) -> Result<(), StoreError> {
+        let written = self.direct().one(DiskWork::Write { at, pieces: vec![data.share()] });
+        written.map(drop).map_err(|source| self.io_error("write", source))
     }
 
     /// Follows the chain to its end.
@@ -278,8 +316,7 @@ impl<D: Disk> EpochMap<D> {
             }
             Record::Overwrite { seq, block, checksums, .. } => {
                 let blocks = self.reach(slot, *block, checksums.len() as u64, false)?;
-                let entries =
-                    self.replicas.get(&slot).map_or(Vec::new(), |replica| entries_of(&replica.record.tree, &mut self.cache, &blocks));
+                let entries = self.entries(slot, &blocks);
                 if entries.iter().any(|entry| !entry.is_mapped()) {
                     return Err(self.damaged(FormatError::Field("record.block")));
                 }

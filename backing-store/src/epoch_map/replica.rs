@@ -74,8 +74,6 @@ pub(super) struct Replica {
     pub(super) readers: Vec<Reader>,
     /// Reads that wait for changes before them.
     pub(super) parked: Vec<ReadKey>,
-    /// An operation failed in a way that leaves blocks undefined: no more changes until the store is opened again.
-    pub(super) failed: bool,
     /// The newest snapshots that were taken apart, and still are in the last checkpoint: since the last freeze, and before it.
     removed: Epoch,
     removed_before: Epoch,
@@ -94,7 +92,6 @@ impl Replica {
             unreadable: Vec::new(),
             readers: Vec::new(),
             parked: Vec::new(),
-            failed: false,
             removed: Epoch::NEVER,
             removed_before: Epoch::NEVER,
             stalled: false,

@@ -11,11 +11,12 @@ use std::time::Duration;
 use super::catalog::{DeadTree, ReplicaRecord};
 use super::page::{Entry, PagePointer};
 use super::record::Slot;
+use super::superblock::CHUNK_BLOCKS;
 use super::tree::{Displaced, Tree};
 use super::{EpochMap, Purpose};
 use crate::buffer::Buffer;
 use crate::disk::{Disk, DiskBlock, DiskWork};
-use crate::store::{StoreError, StoreUsage};
+use crate::store::{BLOCKS_MAX, StoreError, StoreUsage};
 use crate::units::{BLOCK_SIZE, ByteLength, Epoch, VolumeSize};
 
 /// Space is prepared when less than this is ready, and so much at once: 64 MiB.
@@ -27,6 +28,9 @@ const DISCARD_MIN: usize = 256;
 /// Map pages that may change between two checkpoints: 32 MiB of them, or a 64th of a small store.
 const DIRTY_MAX: u64 = 8192;
 const DIRTY_MIN: u64 = 64;
+/// Room for overwrites on their way: 32 MiB, less on a small store, but where it is not tiny two of the largest writes.
+const TRANSIT_MAX: u64 = 8192;
+const TRANSIT_MIN: u64 = 2 * BLOCKS_MAX;
 /// Most pages that one operation changes: the leaves and inner pages over both ends of what it touches.
 const PAGES_PER_OPERATION: usize = 16;
 /// One block in so many is the map's, if all are mapped: a leaf for 256 blocks, and inner pages.
@@ -41,9 +45,24 @@ pub(super) struct Space {
     /// Blocks of pages: map, bits, directory.
     pub(super) pages: u64,
     dirty_max: u64,
+    /// Blocks for overwrites that go to fresh places: those that they replace come back with a checkpoint only.
+    transit: u64,
     preparing: bool,
+    /// Blocks that the disk is forgetting.
+    pub(super) discarding: u64,
     /// When the file system had no space for more.
     refused_at: Option<Duration>,
+    /// That was logged.
+    told: bool,
+}
+
+/// Why there is no room for something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shortage {
+    /// Space is coming back: it waits.
+    Passing,
+    /// Not before somebody deletes something.
+    Lasting,
 }
 
 /// What giving something up depends on.
@@ -64,7 +83,8 @@ impl ReplicaRecord {
 impl Space {
     pub(super) fn new(data_blocks: u64, overcommit: bool) -> Self {
         let dirty_max = (data_blocks / 64).clamp(DIRTY_MIN, DIRTY_MAX);
-        Self { overcommit, promised: 0, pages: 0, dirty_max, preparing: false, refused_at: None }
+        let transit = (data_blocks / 64).max((data_blocks / 8).min(TRANSIT_MIN)).min(TRANSIT_MAX);
+        Self { overcommit, promised: 0, pages: 0, dirty_max, transit, preparing: false, discarding: 0, refused_at: None, told: false }
     }
 
     /// A replica's promise was `before` and is now what its record says.
@@ -86,35 +106,41 @@ impl<D: Disk> EpochMap<D> {
         3 * self.space.dirty_max + 2 * self.allocator.pages()
     }
 
-    /// Whether a replica's write may take so many blocks. `Err(true)`: not now, but space is coming back.
-    pub(super) fn may_take(&self, slot: Slot, blocks: u64) -> Result<(), bool> {
-        let own = self.replicas.get(&slot).filter(|_| !self.space.overcommit);
-        let promise = own.map_or(0, |replica| replica.record.promise());
-        let beyond = blocks.saturating_sub(promise);
-        let fits = |free: u64| {
-            let free = free.saturating_sub(self.reserve());
-            blocks <= free && (beyond == 0 || self.space.promised + beyond <= free + promise.min(blocks))
-        };
-        if fits(self.allocator.ready()) {
-            return Ok(());
-        }
-        let preparable = self.space.refused_at.is_none() && self.allocator.unprepared() > 0;
-        let coming = self.allocator.resting() + if preparable { self.allocator.unprepared() } else { 0 };
-        Err((coming > 0 && fits(self.allocator.ready() + coming)) || self.background.is_busy() || self.space.preparing)
+    /// Blocks that come back without anybody giving up more.
+    fn coming(&self) -> u64 {
+        let preparable = if self.space.refused_at.is_none() { self.allocator.unprepared() } else { 0 };
+        self.allocator.resting() + self.space.discarding + preparable
     }
 
-    /// Whether a checkpoint finds places for all changed pages if one more operation changes some. `Err` as [`EpochMap::may_take`].
-    pub(super) fn may_change(&self) -> Result<(), bool> {
+    /// Whether a replica's write may take so many fresh blocks, which give back `returning` others.
+    pub(super) fn may_take(&self, slot: Slot, fresh: u64, returning: u64) -> Result<(), Shortage> {
+        let ready = self.allocator.ready().saturating_sub(self.reserve());
+        let later = (self.allocator.ready() + self.coming()).saturating_sub(self.reserve());
+        let own = self.replicas.get(&slot).filter(|_| !self.space.overcommit);
+        let promise = own.map_or(0, |replica| replica.record.promise());
+        // What is promised to others, and what overwrites need on their way, is not for growth beyond the promise.
+        let beyond = fresh.saturating_sub(returning).saturating_sub(promise);
+        let is_kept = beyond == 0 || self.space.promised + beyond + self.space.transit <= later;
+        if is_kept && fresh <= ready {
+            return Ok(());
+        }
+        let passes = is_kept && fresh <= later || self.background.is_busy() || self.space.preparing;
+        Err(if passes { Shortage::Passing } else { Shortage::Lasting })
+    }
+
+    /// Whether a checkpoint finds places for all changed pages if one more operation changes some.
+    pub(super) fn may_change(&self) -> Result<(), Shortage> {
         let pages = (self.dirty + PAGES_PER_OPERATION) as u64 + 2 * self.allocator.pages();
         if pages <= self.allocator.ready() {
             return Ok(());
         }
-        let preparable = self.space.refused_at.is_none() && self.allocator.unprepared() > 0;
-        Err(preparable || self.space.preparing || self.checkpoint.is_some() || self.allocator.resting() > 0)
+        let passes = self.coming() > 0 || self.space.preparing || self.checkpoint.is_some();
+        Err(if passes { Shortage::Passing } else { Shortage::Lasting })
     }
 
     pub(super) fn no_space(&self, blocks: u64) -> StoreError {
-        let free = self.allocator.ready().saturating_sub(self.reserve()).saturating_sub(self.space.promised);
+        let kept = self.reserve() + self.space.promised + self.space.transit;
+        let free = self.allocator.ready().saturating_sub(kept);
         let bytes = |blocks: u64| ByteLength::new(blocks * u64::from(BLOCK_SIZE));
         StoreError::NoSpace { path: self.path.clone(), needed: bytes(blocks), free: bytes(free) }
     }
@@ -154,7 +180,7 @@ impl<D: Disk> EpochMap<D> {
         let pages = self.space.pages + self.allocator.own();
         let reclaimable = self.allocator.resting() + leaving;
         let snapshots = allocated.saturating_sub(live);
-        let reserved = (self.space.promised + self.space.promised / BLOCKS_PER_PAGE + self.reserve()).min(free);
+        let reserved = (self.space.promised + self.space.promised / BLOCKS_PER_PAGE + self.space.transit + self.reserve()).min(free);
         Ok(StoreUsage {
             capacity: bytes(fixed + free + live + snapshots + reclaimable + pages + bad),
             free: bytes(free),
@@ -254,7 +280,11 @@ impl<D: Disk> EpochMap<D> {
             return;
         }
         let start = self.allocator.prepared();
-        let count = PREPARE.max(self.reserve()).min(self.allocator.unprepared());
+        let below = self.disk.preparable().ok().flatten().map_or(u64::MAX, |bytes| bytes / u64::from(BLOCK_SIZE));
+        let count = PREPARE.max(self.reserve()).min(self.allocator.unprepared()).min(below / CHUNK_BLOCKS * CHUNK_BLOCKS);
+        if count == 0 {
+            return self.refuse_space(&io::ErrorKind::StorageFull.into());
+        }
         self.space.preparing = true;
         let at = self.superblock.geometry.data_start().plus(start);
         self.start(Purpose::Prepare(start + count), DiskWork::Prepare { at, count });
@@ -263,13 +293,20 @@ impl<D: Disk> EpochMap<D> {
     pub(super) fn on_prepared(&mut self, end: u64, result: io::Result<Option<Buffer>>) {
         self.space.preparing = false;
         match result {
-            Ok(_) => self.allocator.set_prepared(end.max(self.allocator.prepared())),
-            Err(error) => {
-                tracing::warn!(store = %self.superblock.id, %error, "no space below for more of the store");
-                self.space.refused_at = Some(self.disk.now());
+            Ok(_) => {
+                self.space.told = false;
+                self.allocator.set_prepared(end.max(self.allocator.prepared()));
             }
+            Err(error) => self.refuse_space(&error),
         }
         self.unstall();
+    }
+
+    fn refuse_space(&mut self, error: &io::Error) {
+        if !std::mem::replace(&mut self.space.told, true) {
+            tracing::warn!(store = %self.superblock.id, %error, "no space below for more of the store");
+        }
+        self.space.refused_at = Some(self.disk.now());
     }
 
     /// The file system may have space again.
@@ -289,6 +326,7 @@ impl<D: Disk> EpochMap<D> {
         for run in blocks.chunk_by(|a, b| a.plus(1) == *b) {
             match run.first() {
                 Some(at) if run.len() >= DISCARD_MIN => {
+                    self.space.discarding += run.len() as u64;
                     self.start(Purpose::Discard(run.to_vec()), DiskWork::Discard { at: *at, count: run.len() as u64 });
                 }
                 _ => run.iter().for_each(|block| self.allocator.wake(*block)),

@@ -36,8 +36,8 @@ pub(super) enum Displaced {
 pub(super) enum Piece {
     /// A leaf and the first block under it.
     Leaf(Arc<Node>, u64),
-    /// These blocks all became zeros in this epoch.
-    Zeroes(Range<u64>, Epoch),
+    /// These blocks all became zeros.
+    Zeroes(Range<u64>),
     /// This must be read first.
     Missing(Missing),
     /// There is nothing more.
@@ -76,6 +76,16 @@ impl Tree {
         missing_under(&self.root, self.level, 0, cache, range, whole, found);
     }
 
+    /// The entries of `range`, or the pages that must be read before they are known.
+    pub(super) fn entries(&self, cache: &mut PageCache, range: &Range<u64>) -> Result<Vec<Entry>, Vec<Missing>> {
+        let mut found = vec![Entry::default(); usize::try_from(range.end - range.start).unwrap_or(0)];
+        let mut missing = Vec::new();
+        if !range.is_empty() {
+            entries_under(&self.root, self.level, 0, cache, range, &mut found, &mut missing);
+        }
+        if missing.is_empty() { Ok(found) } else { Err(missing) }
+    }
+
     /// The next stretch at or after `position` that has anything younger than `above`.
     pub(super) fn next_piece(&self, cache: &mut PageCache, position: u64, above: Epoch) -> Piece {
         piece_under(&self.root, self.level, 0, cache, position, above).unwrap_or(Piece::End)
@@ -109,8 +119,10 @@ impl Tree {
 /// The children of an inner page over `range`: position among the children, first block.
 fn children_over(level: u8, base: u64, range: &Range<u64>) -> impl Iterator<Item = (usize, u64)> + use<> {
     let each = blocks_under(level - 1);
-    let first = range.start.saturating_sub(base) / each;
-    let last = (range.end.min(base + blocks_under(level)) - 1).saturating_sub(base) / each;
+    // A power of two: a division would be the dearest step of a lookup.
+    let shift = each.trailing_zeros();
+    let first = range.start.saturating_sub(base) >> shift;
+    let last = (range.end.min(base + blocks_under(level)) - 1).saturating_sub(base) >> shift;
     (first..=last).map(move |index| (usize::try_from(index).unwrap_or(0), base + index * each))
 }
 
@@ -141,6 +153,44 @@ fn missing_under(child: &Child, level: u8, base: u64, cache: &mut PageCache, ran
     }
 }
 
+fn entries_under(
+    child: &Child,
+    level: u8,
+    base: u64,
+    cache: &mut PageCache,
+    range: &Range<u64>,
+    found: &mut [Entry],
+    missing: &mut Vec<Missing>,
+) {
+    let (start, end) = (range.start.max(base), range.end.min(base + blocks_under(level)));
+    let at = |block: u64, from: u64| usize::try_from(block - from).unwrap_or(usize::MAX);
+    let held;
+    let node = match child {
+        Child::Hole => return,
+        Child::Zeroes(epoch) => {
+            return found[at(start, range.start)..at(end, range.start)].fill(Entry { epoch: *epoch, ..Entry::default() });
+        }
+        Child::Memory(node) => node,
+        Child::Disk(pointer) => match cache.get(pointer.place) {
+            None => return missing.push(Missing { pointer: *pointer, level, index: base / blocks_under(level) }),
+            Some(node) => {
+                held = node;
+                &held
+            }
+        },
+    };
+    match &node.body {
+        Body::Leaf(entries) => {
+            found[at(start, range.start)..at(end, range.start)].copy_from_slice(&entries[at(start, base)..at(end, base)]);
+        }
+        Body::Inner(children) => {
+            for (position, base) in children_over(level, base, range) {
+                entries_under(&children[position], level - 1, base, cache, range, found, missing);
+            }
+        }
+    }
+}
+
 fn piece_under(child: &Child, level: u8, base: u64, cache: &mut PageCache, position: u64, above: Epoch) -> Option<Piece> {
     let end = base + blocks_under(level);
     if child.epoch() <= above || end <= position {
@@ -149,7 +199,7 @@ fn piece_under(child: &Child, level: u8, base: u64, cache: &mut PageCache, posit
     let held;
     let node = match child {
         Child::Hole => return None,
-        Child::Zeroes(epoch) => return Some(Piece::Zeroes(position.max(base)..end, *epoch)),
+        Child::Zeroes(_) => return Some(Piece::Zeroes(position.max(base)..end)),
         Child::Memory(node) => node,
         Child::Disk(pointer) => match cache.get(pointer.place) {
             None => return Some(Piece::Missing(Missing { pointer: *pointer, level, index: base / blocks_under(level) })),

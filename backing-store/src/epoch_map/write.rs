@@ -3,10 +3,9 @@
 use std::ops::Range;
 
 use super::page::Entry;
-use super::reading::entries_of;
 use super::record::{Record, Run, Slot};
 use super::replica::{Change, ChangeKind};
-use super::space::Floor;
+use super::space::{Floor, Shortage};
 use super::tree::Missing;
 use super::{EpochMap, OpId, Purpose, Waiter};
 use crate::buffer::SharedBuffer;
@@ -75,8 +74,8 @@ impl<D: Disk> EpochMap<D> {
             return Verdict::Stall;
         }
         self.retry_preparing();
-        if let Err(coming) = self.may_change() {
-            if coming {
+        if let Err(shortage) = self.may_change() {
+            if shortage == Shortage::Passing {
                 self.checkpoint_wanted |= self.allocator.resting() > 0;
                 return Verdict::Stall;
             }
@@ -103,9 +102,6 @@ impl<D: Disk> EpochMap<D> {
     fn refusal(&self, slot: Slot, seq: Option<Seq>) -> Option<StoreError> {
         let replica = self.replicas.get(&slot)?;
         let volume = replica.record.volume;
-        if replica.failed {
-            return Some(StoreError::Poisoned(volume));
-        }
         let reason = "a write's sequence does not follow the position";
         seq.filter(|seq| *seq != replica.record.position.next()).map(|_| StoreError::Misuse { volume, reason })
     }
@@ -124,8 +120,9 @@ impl<D: Disk> EpochMap<D> {
     }
 
     /// The entries of blocks whose pages are there.
-    fn entries(&mut self, slot: Slot, blocks: &Range<u64>) -> Vec<Entry> {
-        self.replicas.get(&slot).map_or(Vec::new(), |replica| entries_of(&replica.record.tree, &mut self.cache, blocks))
+    pub(super) fn entries(&mut self, slot: Slot, blocks: &Range<u64>) -> Vec<Entry> {
+        let found = self.replicas.get(&slot).and_then(|replica| replica.record.tree.entries(&mut self.cache, blocks).ok());
+        found.unwrap_or_default()
     }
 
     fn apply_write(&mut self, slot: Slot, seq: Option<Seq>, extent: Extent) -> Verdict {
@@ -142,9 +139,9 @@ impl<D: Disk> EpochMap<D> {
         let fresh: u64 =
             stretches.iter().filter(|stretch| !stretch.in_place).map(|stretch| stretch.blocks.end - stretch.blocks.start).sum();
         if fresh > 0
-            && let Err(coming) = self.may_take(slot, fresh)
+            && let Err(shortage) = self.may_take(slot, fresh, self.returning(slot, &stretches, &blocks, &old))
         {
-            if coming {
+            if shortage == Shortage::Passing {
                 self.checkpoint_wanted |= self.allocator.resting() > 0;
                 return Verdict::Stall;
             }
@@ -187,6 +184,15 @@ impl<D: Disk> EpochMap<D> {
             }
         }
         stretches
+    }
+
+    /// How many blocks a write gives up.
+    fn returning(&self, slot: Slot, stretches: &[Stretch], blocks: &Range<u64>, old: &[Entry]) -> u64 {
+        let Some(replica) = self.replicas.get(&slot) else { return 0 };
+        let redirected = |index: u64| stretches.iter().any(|stretch| !stretch.in_place && stretch.blocks.contains(&index));
+        let given_up =
+            |(index, entry): &(u64, &Entry)| entry.is_mapped() && redirected(*index) && entry.epoch > replica.record.floor_at(*index);
+        blocks.clone().zip(old).filter(given_up).count() as u64
     }
 
     #[expect(clippy::too_many_arguments, reason = "all that a write is")]

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::{Kind, Part, ReadKey, ReadOperation, Work, entries_of};
+use super::{Kind, Part, ReadKey, ReadOperation, Work, tree_of};
 use crate::buffer::Buffer;
 use crate::checksum::{Checksum, block_checksum, zero_block_checksums};
 use crate::disk::{Disk, DiskBlock, DiskWork};
@@ -21,25 +21,24 @@ impl<D: Disk> EpochMap<D> {
         }) else {
             return;
         };
-        let (tree, owners, size) = match self.tree_of(slot, snapshot) {
+        let Some(record) = self.replicas.get(&slot).map(|replica| &replica.record) else { return };
+        let (tree, size) = match tree_of(record, snapshot) {
             Ok(found) => found,
             Err(error) => return self.end_read(key, Err(error)),
         };
         let blocks = block_range(extent);
         if blocks.end > size {
             let reason = "an extent reaches past the end of the snapshot";
-            return self.end_read(key, Err(StoreError::Misuse { volume: owners.volume, reason }));
+            let error = StoreError::Misuse { volume: record.volume, reason };
+            return self.end_read(key, Err(error));
         }
-        let mut missing = Vec::new();
-        if !blocks.is_empty() {
-            tree.missing(&mut self.cache, &blocks, false, &mut missing);
-        }
-        if !missing.is_empty() {
-            drop(tree);
-            return missing.iter().for_each(|missing| self.load(*missing, &owners, Waiter::Read(key)));
-        }
-        let entries = entries_of(&tree, &mut self.cache, &blocks);
-        drop(tree);
+        let entries = match tree.entries(&mut self.cache, &blocks) {
+            Ok(entries) => entries,
+            Err(missing) => {
+                let owners = record.owners();
+                return missing.iter().for_each(|missing| self.load(*missing, &owners, Waiter::Read(key)));
+            }
+        };
         if entries.iter().all(|entry| !entry.is_mapped()) {
             return self.end_read(key, Ok(Outcome::Read(ReadData::Zeroes)));
         }
@@ -81,7 +80,9 @@ impl<D: Disk> EpochMap<D> {
         if started.is_empty() {
             return self.finish_read(key);
         }
-        self.reading.parts.insert(key, parts);
+        if let Some(read) = self.reading.under_way.get_mut(&key) {
+            read.parts = parts;
+        }
         for (at, buffer) in started {
             self.counters.data_read += (buffer.len() / BLOCK_SIZE as usize) as u64;
             self.start(Purpose::Data(key, at), DiskWork::Read { at, buffer });
@@ -90,8 +91,10 @@ impl<D: Disk> EpochMap<D> {
 
     pub(in crate::epoch_map) fn on_data(&mut self, key: ReadKey, at: DiskBlock, result: io::Result<Option<Buffer>>) {
         let Some(read) = self.reading.under_way.get_mut(&key) else { return };
-        let part = self.reading.parts.get(&key).and_then(|parts| parts.iter().find(|part| part.place == at)).cloned();
-        let Some(part) = part else { return };
+        let Some(part) = read.parts.iter().find(|part| part.place == at).cloned() else { return };
+        if result.is_err() && part.blocks.end - part.blocks.start > 1 {
+            return self.read_one_by_one(key, &part);
+        }
         match &mut read.kind {
             Kind::Read { extent, work: Some(work), .. } => {
                 work.outstanding -= 1;
@@ -104,8 +107,10 @@ impl<D: Disk> EpochMap<D> {
                     }
                     failed => {
                         let source = failed.err().unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into());
-                        tracing::warn!(store = %self.superblock.id, volume = %read.volume, block = part.blocks.start, %source, "blocks can't be read");
-                        self.suspect.extend((0..part.blocks.end - part.blocks.start).map(|step| part.place.plus(step)));
+                        if self.suspect.insert(part.place) {
+                            let (store, volume) = (self.superblock.id, read.volume);
+                            tracing::warn!(%store, %volume, block = part.blocks.start, %source, "a block can't be read");
+                        }
                         // For whoever asks, a block that can't be read and one that is wrong are the same: others have it.
                         let block = BlockIndex::new(part.blocks.start);
                         work.failed = Some(StoreError::Corrupt { volume: read.volume, block, expected: 0, got: 0 });
@@ -117,6 +122,30 @@ impl<D: Disk> EpochMap<D> {
             }
             Kind::Scrub { .. } => self.on_scrubbed(key, &part, result),
             _ => {}
+        }
+    }
+
+    /// Blocks can't be read together: finds out which of them it is.
+    fn read_one_by_one(&mut self, key: ReadKey, part: &Part) {
+        let blocks = part.blocks.clone();
+        let single = |block: u64| Part { blocks: block..block + 1, place: part.place.plus(block - blocks.start) };
+        let parts: Vec<Part> = blocks.clone().map(single).collect();
+        let Some(read) = self.reading.under_way.get_mut(&key) else { return };
+        match &mut read.kind {
+            Kind::Read { work: Some(work), .. } => {
+                work.outstanding += parts.len() - 1;
+                if work.buffer.is_empty() {
+                    work.buffer = self.pool.take(work.entries.len() * BLOCK_SIZE as usize);
+                }
+            }
+            Kind::Scrub { outstanding, .. } => *outstanding += parts.len() - 1,
+            _ => return,
+        }
+        read.parts.retain(|other| other.place != part.place);
+        read.parts.extend_from_slice(&parts);
+        for part in parts {
+            let buffer = self.pool.take(BLOCK_SIZE as usize);
+            self.start(Purpose::Data(key, part.place), DiskWork::Read { at: part.place, buffer });
         }
     }
 

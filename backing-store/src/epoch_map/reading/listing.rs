@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Kind, ReadKey, ReadOperation};
+use super::{Kind, ReadKey, ReadOperation, tree_of};
 use crate::disk::Disk;
 use crate::epoch_map::page::Body;
 use crate::epoch_map::tree::Piece;
@@ -15,10 +15,12 @@ impl<D: Disk> EpochMap<D> {
         let Some(read) = self.reading.under_way.get_mut(&key) else { return };
         let Kind::Changed { from, snapshot, next, found } = &mut read.kind else { return };
         let (slot, from, snapshot, mut next, mut found) = (read.slot, *from, *snapshot, *next, std::mem::take(found));
-        let (tree, owners, size) = match self.tree_of(slot, snapshot) {
-            Ok(found) => found,
+        let Some(record) = self.replicas.get(&slot).map(|replica| &replica.record) else { return };
+        let (tree, size) = match tree_of(record, snapshot) {
+            Ok((tree, size)) => (tree.clone(), size),
             Err(error) => return self.end_read(key, Err(error)),
         };
+        let owners = record.owners();
         let forgotten = self.replicas.get(&slot).and_then(|replica| {
             let end = snapshot.map_or(Some(replica.record.epoch), |id| Some(replica.record.snapshot(id)?.epoch))?;
             replica.record.forgotten(from, end)
@@ -38,7 +40,7 @@ impl<D: Disk> EpochMap<D> {
                     return self.load(missing, &owners, Waiter::Read(key));
                 }
                 Piece::End => break,
-                Piece::Zeroes(range, _) => {
+                Piece::Zeroes(range) => {
                     if !list_run(&mut found, next.max(range.start)..range.end.min(size), true) {
                         next = next.max(range.start);
                         return self.end_listing(key, found, Some(next));

@@ -4,15 +4,15 @@ mod blocks;
 mod listing;
 mod scrub;
 
-use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 
-use super::catalog::Owners;
-use super::page::{Body, Entry};
+use super::catalog::ReplicaRecord;
+use super::numbers::NumberMap;
+use super::page::Entry;
 use super::record::Slot;
 use super::replica::Reader;
-use super::tree::{Piece, Tree};
+use super::tree::Tree;
 use super::{EpochMap, OpId};
 use crate::buffer::Buffer;
 use crate::disk::{Disk, DiskBlock};
@@ -25,9 +25,7 @@ pub(super) struct ReadKey(pub(super) OpId);
 
 #[derive(Debug, Default)]
 pub(super) struct Reading {
-    under_way: HashMap<ReadKey, ReadOperation>,
-    /// Which part of a read an I/O is: reads of one operation end in any order.
-    parts: HashMap<ReadKey, Vec<Part>>,
+    under_way: NumberMap<ReadKey, ReadOperation>,
 }
 
 /// Blocks of a read that lie side by side on the disk.
@@ -43,6 +41,8 @@ struct ReadOperation {
     volume: VolumeId,
     token: Token,
     kind: Kind,
+    /// What is being read: parts end in any order.
+    parts: Vec<Part>,
     /// It waits for changes before it.
     parked: bool,
 }
@@ -113,7 +113,7 @@ impl<D: Disk> EpochMap<D> {
             replica.parked.push(key);
         }
         replica.readers.extend(reader.map(|snapshot| Reader { op, extent, snapshot }));
-        self.reading.under_way.insert(key, ReadOperation { slot, volume, token, kind, parked });
+        self.reading.under_way.insert(key, ReadOperation { slot, volume, token, kind, parts: Vec::new(), parked });
         if !parked {
             self.advance_read(key);
         }
@@ -167,7 +167,6 @@ impl<D: Disk> EpochMap<D> {
 
     fn end_read(&mut self, key: ReadKey, result: Result<Outcome, StoreError>) {
         let Some(read) = self.reading.under_way.remove(&key) else { return };
-        self.reading.parts.remove(&key);
         if let Some(replica) = self.replicas.get_mut(&read.slot) {
             replica.readers.retain(|read| read.op != key.0);
             if !replica.queue.is_empty() {
@@ -188,47 +187,11 @@ impl<D: Disk> EpochMap<D> {
         }
         self.replicas.values_mut().for_each(|replica| replica.parked.clear());
     }
-
-    /// The tree that is read: the volume's or a snapshot's, and whose blocks are in it.
-    fn tree_of(&self, slot: Slot, snapshot: Option<SnapshotId>) -> Result<(Tree, Owners, u64), StoreError> {
-        let Some(record) = self.replicas.get(&slot).map(|replica| &replica.record) else {
-            return Err(StoreError::UnknownVolume(VolumeId::from_bytes([0; 16])));
-        };
-        let (tree, size) = match snapshot {
-            None => (&record.tree, record.size),
-            Some(id) => {
-                let unknown = StoreError::UnknownSnapshot { volume: record.volume, snapshot: id };
-                record.snapshot(id).map(|found| (&found.tree, found.size)).ok_or(unknown)?
-            }
-        };
-        Ok((tree.clone(), record.owners(), size.blocks()))
-    }
 }
 
-/// The entries of blocks whose pages are there.
-pub(super) fn entries_of(tree: &Tree, cache: &mut super::cache::PageCache, blocks: &Range<u64>) -> Vec<Entry> {
-    let mut entries = vec![Entry::default(); usize::try_from(blocks.end - blocks.start).unwrap_or(0)];
-    let mut next = blocks.start;
-    while next < blocks.end {
-        let place = |block: u64| usize::try_from(block - blocks.start).unwrap_or(0);
-        next = match tree.next_piece(cache, next, Epoch::NEVER) {
-            Piece::Leaf(node, base) => {
-                if let Body::Leaf(leaf) = &node.body {
-                    for (block, entry) in (base..).zip(leaf.iter()).filter(|(block, _)| blocks.contains(block)) {
-                        entries[place(block)] = *entry;
-                    }
-                }
-                base + 256
-            }
-            Piece::Zeroes(range, epoch) => {
-                for block in range.start.max(next)..range.end.min(blocks.end) {
-                    entries[place(block)] = Entry { epoch, ..Entry::default() };
-                }
-                range.end
-            }
-            // Beyond these blocks: those here are all there.
-            Piece::Missing(_) | Piece::End => blocks.end,
-        };
-    }
-    entries
+/// The tree that is read: the volume's or a snapshot's, and how many blocks are under it.
+fn tree_of(record: &ReplicaRecord, snapshot: Option<SnapshotId>) -> Result<(&Tree, u64), StoreError> {
+    let Some(id) = snapshot else { return Ok((&record.tree, record.size.blocks())) };
+    let unknown = StoreError::UnknownSnapshot { volume: record.volume, snapshot: id };
+    record.snapshot(id).map(|found| (&found.tree, found.size.blocks())).ok_or(unknown)
 }

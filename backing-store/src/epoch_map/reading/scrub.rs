@@ -20,14 +20,15 @@ impl<D: Disk> EpochMap<D> {
         let Some(read) = self.reading.under_way.get_mut(&key) else { return };
         let Kind::Scrub { left, next, chosen, verified, .. } = &mut read.kind else { return };
         let (slot, mut left, mut next, mut chosen, mut verified) = (read.slot, *left, *next, std::mem::take(chosen), *verified);
-        let Ok((tree, owners, _)) = self.tree_of(slot, None) else { return };
+        let Some(record) = self.replicas.get(&slot).map(|replica| &replica.record) else { return };
+        let (tree, owners) = (record.tree.clone(), record.owners());
         let end = loop {
             if left == 0 {
                 break Some(next);
             }
             match tree.next_piece(&mut self.cache, next, Epoch::NEVER) {
                 Piece::End => break None,
-                Piece::Zeroes(range, _) => next = range.end,
+                Piece::Zeroes(range) => next = range.end,
                 Piece::Missing(missing) => {
                     if let Some(ReadOperation { kind: Kind::Scrub { left: a, next: b, chosen: c, verified: d, .. }, .. }) =
                         self.reading.under_way.get_mut(&key)
@@ -102,7 +103,9 @@ impl<D: Disk> EpochMap<D> {
         if parts.is_empty() {
             return self.finish_scrub(key);
         }
-        self.reading.parts.insert(key, parts.clone());
+        if let Some(read) = self.reading.under_way.get_mut(&key) {
+            read.parts.clone_from(&parts);
+        }
         for part in parts {
             let length = usize::try_from(part.blocks.end - part.blocks.start).unwrap_or(0) * BLOCK_SIZE as usize;
             let buffer = self.pool.take(length);
