@@ -41,6 +41,7 @@ struct Group {
     /// `None`: all free, and no page on the disk is needed.
     used: Option<Arc<Words>>,
     resting: Option<Box<Words>>,
+    resting_blocks: u32,
     /// Its page on the disk.
     pointer: BitsPointer,
     dirty: bool,
@@ -92,7 +93,7 @@ impl Allocator {
         let blocks = geometry.data_blocks;
         let groups = usize::try_from(blocks.div_ceil(GROUP_BLOCKS)).unwrap_or(0);
         let chunks = usize::try_from(blocks / CHUNK_BLOCKS).unwrap_or(0);
-        let group = || Group { used: None, resting: None, pointer: BitsPointer::default(), dirty: false };
+        let group = || Group { used: None, resting: None, resting_blocks: 0, pointer: BitsPointer::default(), dirty: false };
         Self {
             start: geometry.data_start().get(),
             blocks,
@@ -222,7 +223,9 @@ impl Allocator {
         self.mark(index, false);
         let (word, bit) = word_bit(index);
         let number = usize::try_from(index / GROUP_BLOCKS).unwrap_or(usize::MAX);
-        self.groups[number].resting.get_or_insert_with(|| Box::new([0; WORDS]))[word] |= bit;
+        let group = &mut self.groups[number];
+        group.resting.get_or_insert_with(|| Box::new([0; WORDS]))[word] |= bit;
+        group.resting_blocks += 1;
         if self.freezing { &mut self.resting_later } else { &mut self.resting }.push(place);
     }
 
@@ -360,10 +363,12 @@ impl Allocator {
         let index = place.get() - self.start;
         let (word, bit) = word_bit(index);
         let number = usize::try_from(index / GROUP_BLOCKS).unwrap_or(usize::MAX);
-        if let Some(words) = &mut self.groups[number].resting {
+        let group = &mut self.groups[number];
+        if let Some(words) = &mut group.resting {
             words[word] &= !bit;
-            if words.iter().all(|word| *word == 0) {
-                self.groups[number].resting = None;
+            group.resting_blocks -= 1;
+            if group.resting_blocks == 0 {
+                group.resting = None;
             }
         }
         self.free += 1;

@@ -260,7 +260,8 @@ impl<D: Disk> EpochMap<D> {
             Purpose::Prepare(end) => self.on_prepared(end, result),
             Purpose::Discard(blocks) => {
                 self.space.discarding -= blocks.len() as u64;
-                blocks.into_iter().for_each(|block| self.wake(block));
+                blocks.into_iter().for_each(|block| self.allocator.wake(block));
+                self.unstall();
             }
         }
     }

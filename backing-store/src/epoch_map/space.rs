@@ -334,11 +334,6 @@ impl<D: Disk> EpochMap<D> {
         }
     }
 
-    pub(super) fn wake(&mut self, block: DiskBlock) {
-        self.allocator.wake(block);
-        self.unstall();
-    }
-
     /// What waited for space, a checkpoint or copies looks again.
     pub(super) fn unstall(&mut self) {
         for (slot, replica) in &mut self.replicas {
