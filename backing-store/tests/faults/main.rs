@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that finds no value has found a failure")]
 
 mod damage;
+mod flips;
+mod garbage;
 mod poison;
 mod rig;
 mod space;
