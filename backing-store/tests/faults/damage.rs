@@ -100,7 +100,7 @@ fn damaged_data_is_never_taken_for_right_and_a_write_heals_it() {
 }
 
 #[test]
-#[ignore = "one block that can't be read condemns all that were read with it"]
+#[ignore = "for a check, one block that can't be read condemns all that were read with it"]
 fn unreadable_data_is_found_and_a_write_heals_it() {
     damaged_data_is_found(&["error"]);
 }
@@ -133,7 +133,7 @@ fn damaged_data_is_found(ways: &[&str]) {
             only_these_are_bad(&mut rig, V, &bad, what);
             let report = checked(&rig.disk).unwrap();
             let faults: BTreeSet<u64> = report.faults.iter().map(fault_block).collect();
-            assert_eq!(faults, bad, "{what}: {report:?}");
+            assert!(faults == bad, "{what}: a check finds {} bad blocks: {:?}", faults.len(), report.faults.first());
             rig = Rig::open(rig.disk.clone(), rig.picture.clone(), &options()).unwrap();
             only_these_are_bad(&mut rig, V, &bad, what);
         }
@@ -163,7 +163,6 @@ fn fault_block(fault: &Fault) -> u64 {
 }
 
 #[test]
-#[ignore = "one block that can't be read condemns all that were read with it"]
 fn an_unreadable_block_condemns_no_others() {
     let mut rig = prepared(1);
     let place = rig.place_of(10_000 + 8, 12, data());

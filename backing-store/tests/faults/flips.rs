@@ -165,7 +165,7 @@ fn bits(is_first: bool, all: bool, dice: &mut Dice) -> Vec<usize> {
         (true, true) => (0..BLOCK * 8).collect(),
         (true, false) => one_in(1),
         (false, _) => {
-            let mut bits = one_in(64);
+            let mut bits = one_in(128);
             bits.extend((0..if is_first { 96 * 8 } else { 0 }).step_by(3));
             bits
         }

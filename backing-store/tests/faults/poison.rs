@@ -246,7 +246,6 @@ fn a_failed_write_or_sync_ends_all_writing_and_loses_nothing_that_was_flushed() 
 /// After a failed sync nobody knows what of it is on stable media. A store that was opened again on what could still be read must not
 /// build on it: here the power goes later, after a flush that succeeded.
 #[test]
-#[ignore = "opening takes for stable what a failed sync left in doubt"]
 fn what_a_failed_sync_left_in_doubt_is_made_good_by_opening_the_store_again() {
     for seed in 0..20 {
         println!("seed {seed}");
