@@ -8,14 +8,13 @@ pub mod checksum;
 mod dice;
 pub mod disk;
 pub mod epoch_map;
-pub mod file;
 pub mod memory;
+pub mod size;
 pub mod store;
 pub mod units;
 
 pub use buffer::{Buffer, BufferPool, SharedBuffer};
 pub use checksum::{Checksum, block_checksum, zero_block_checksums};
-pub use file::FileStore;
 pub use memory::{MemoryStore, PowerLoss};
 pub use store::{
     BLOCKS_MAX, CHANGED_MAX, ChangedExtent, ChangedExtents, Completion, Content, LoggedExtents, OpenedReplica, Operation, Outcome,

@@ -296,7 +296,8 @@ impl StoreUsage {
 /// operations may complete in any order.
 ///
 /// **After an error:** a failed `Write` leaves its extent undefined (old, new or a mixture, found by checksum) and the
-/// position where it was; the session takes no more writes. After a failed `Sync` or `SetState` the replica refuses every
+/// position where it was; the session takes no more writes. One that found [`StoreError::NoSpace`] has changed nothing, and can be
+/// submitted again. After a failed `Sync` or `SetState` the replica refuses every
 /// further operation with [`StoreError::Poisoned`] until the store is opened again: what reached the disk is unknown (I2).
 pub trait ReplicaStore {
     /// Identity, fixed when the store was formatted.
@@ -345,8 +346,14 @@ pub trait ReplicaStore {
     /// Moves finished operations to `completions` without waiting.
     fn reap(&mut self, completions: &mut Vec<Completion>);
 
-    /// Becomes readable when [`ReplicaStore::reap`] has something to give. `None` if everything completes within `submit`.
+    /// Becomes readable when [`ReplicaStore::reap`] has something to give, or to do. `None` if everything completes within
+    /// `submit`.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Why the whole store takes no more operations until it is opened again, if so.
+    fn poisoned(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// The most blocks of one [`Operation::Write`] or [`Operation::Read`]: what a [`crate::Buffer`] holds (2 MiB).
@@ -555,6 +562,12 @@ pub enum StoreError {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// Of the format before the first one that this program knows.
+    #[error(
+        "the store in {0} was made by an earlier Carrick, whose format is no longer read: format a new store elsewhere, and let the \
+         replicas be rebuilt on it"
+    )]
+    OldFormat(PathBuf),
     /// The file system can't do what the store needs.
     #[error("the file system of {path} can't {action}: put the store on ext4, XFS or tmpfs")]
     Unsupported {

@@ -13,7 +13,8 @@
 //! | `busy` | refuses to detach, unless forced |
 //! | `deaf` | never answers a request to detach, unless a file `cured` is in the run directory |
 //!
-//! A file `slow` in a store's folder makes each creation there last a second, a file `broken` makes it fail.
+//! A file `slow` in a store's folder makes each creation there last a second, a file `broken` makes it fail; what is in a file
+//! `poisoned` is why the store takes no more operations.
 
 use std::fs::{self, File};
 use std::io::BufReader;
@@ -26,7 +27,7 @@ use std::time::{Duration, Instant};
 use carrick_backing_store::{ByteLength, Content, ReplicaSpec, ReplicaState, Seq, StoreId, StoreUsage, Term};
 use carrick_replicator::control::{
     ControlError, ControlErrorCode, MemberReport, MemberState, ReplicaAnswer, ReplicaProcessStatus, ReplicaReport, ReplicaRequest,
-    RunDirectory, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus, read_line, write_line,
+    RunDirectory, ScrubReport, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus, read_line, write_line,
 };
 use carrick_replicator::endpoint::Endpoint;
 use rustix::fs::FlockOperation;
@@ -142,7 +143,7 @@ fn replica_answer(path: &Path, run: &RunDirectory, store: StoreId, request: &Rep
         ReplicaRequest::Status => {
             let state = ReplicaState { promised: Term::ZERO, log_term: Term::ZERO, content: Content::Complete };
             let report = |spec| ReplicaReport { spec, state, position: Seq::ZERO, durable: Seq::ZERO, connected: false, failure: None };
-            Ok(ReplicaAnswer::Status(ReplicaProcessStatus {
+            Ok(ReplicaAnswer::Status(Box::new(ReplicaProcessStatus {
                 version: "stand-in".into(),
                 store,
                 path: path.into(),
@@ -153,8 +154,10 @@ fn replica_answer(path: &Path, run: &RunDirectory, store: StoreId, request: &Rep
                     reserved: ByteLength::new(reserved),
                     ..StoreUsage::default()
                 },
+                poisoned: fs::read_to_string(path.join("poisoned")).ok(),
+                scrub: ScrubReport::default(),
                 replicas: there.into_iter().map(report).collect(),
-            }))
+            })))
         }
         ReplicaRequest::Create { spec } => {
             if path.join("slow").exists() {

@@ -5,7 +5,6 @@
 pub mod fault;
 mod json;
 pub mod name;
-pub mod size;
 
 /// The messages and services of `carrick.v1`, generated from `proto/carrick/v1/`; their text is documented there.
 #[allow(missing_docs, rustdoc::all, clippy::all, reason = "generated code")]

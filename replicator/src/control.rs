@@ -43,7 +43,7 @@ pub enum ReplicaRequest {
 #[serde(tag = "answer", rename_all = "kebab-case")]
 pub enum ReplicaAnswer {
     /// To `Status`.
-    Status(ReplicaProcessStatus),
+    Status(Box<ReplicaProcessStatus>),
     /// It is done.
     Done,
     /// It is not, and nothing changed.
@@ -63,8 +63,37 @@ pub struct ReplicaProcessStatus {
     pub endpoints: Vec<Endpoint>,
     /// How full it is.
     pub usage: StoreUsage,
+    /// Why the whole store takes no more operations until its process is started anew, if so.
+    #[serde(default)]
+    pub poisoned: Option<String>,
+    /// What the background scrub does and found.
+    #[serde(default)]
+    pub scrub: ScrubReport,
     /// What is in it.
     pub replicas: Vec<ReplicaReport>,
+}
+
+/// The background scrub of a store, since its process started. It reads all blocks, and compares their checksums.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubReport {
+    /// Most bytes read in a second; 0: it is off.
+    pub rate: ByteLength,
+    /// How often it came to the end of the store.
+    pub passes: u64,
+    /// What was found right, in all passes.
+    pub verified: ByteLength,
+    /// Replicas with blocks that can't be read, or fail their checksum. A block that was replaced since is no longer counted when
+    /// the next pass has ended.
+    pub damaged: Vec<DamagedReplica>,
+}
+
+/// Damage in one replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DamagedReplica {
+    /// Whose.
+    pub volume: VolumeId,
+    /// How many blocks of 4096 bytes.
+    pub blocks: u64,
 }
 
 /// One replica in a store.

@@ -70,7 +70,7 @@ use tree::Missing;
 
 pub use check::{CheckOptions, CheckReport, Fault, check};
 pub use dump::dump;
-pub use open::{FormatOptions, OpenOptions, format};
+pub use open::{Contents, FormatOptions, OpenOptions, format, look};
 pub use superblock::Geometry;
 
 /// Free buffer memory that is kept while there is load, in bytes.
@@ -373,5 +373,9 @@ impl<D: Disk> ReplicaStore for EpochMap<D> {
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         self.disk.wake_fd()
+    }
+
+    fn poisoned(&self) -> Option<&str> {
+        self.poisoned.as_deref()
     }
 }

@@ -25,7 +25,7 @@ use super::tree::Missing;
 use super::{Counters, EpochMap};
 use crate::buffer::{Buffer, BufferPool};
 use crate::disk::{Disk, DiskBlock, DiskDone, DiskRequest, DiskWork, IoId};
-use crate::store::StoreError;
+use crate::store::{OpenedReplica, ReplicaStore, SnapshotInfo, StoreError, StoreUsage};
 use crate::units::{BLOCK_SIZE, ByteLength, Epoch, StoreId};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
@@ -35,6 +35,9 @@ const ZEROES: usize = 1 << 20;
 const WINDOW: usize = 64;
 /// Map pages in memory unless told otherwise: 64 MiB.
 const CACHE: ByteLength = ByteLength::new(64 << 20);
+
+/// How often [`look`] reads a store anew that changes while it is read.
+const LOOKS: u32 = 5;
 
 /// How to make a store.
 #[derive(Clone, Copy, Debug, Default)]
@@ -57,6 +60,19 @@ impl Default for OpenOptions {
     fn default() -> Self {
         Self { cache: CACHE, overcommit: false }
     }
+}
+
+/// What is in a store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contents {
+    /// Its identity.
+    pub id: StoreId,
+    /// Where everything lies.
+    pub geometry: Geometry,
+    /// How full it is.
+    pub usage: StoreUsage,
+    /// Its replicas, with their snapshots, oldest first. Positions are what a start after a crash would find at worst.
+    pub replicas: Vec<(OpenedReplica, Vec<SnapshotInfo>)>,
 }
 
 /// Synchronous use of a disk on which nothing else is going on.
@@ -116,6 +132,23 @@ impl<D: Disk> Direct<'_, D> {
         buffer[..bytes.len()].copy_from_slice(bytes);
         buffer[bytes.len()..].fill(0);
         self.one(DiskWork::Write { at, pieces: vec![buffer.share()] }).map(drop)
+    }
+}
+
+/// Reads what is in a store. Of one that is being served it is what was there a moment ago.
+///
+/// # Errors
+/// As [`EpochMap::open`]; what `open_disk` says. A store that is served under heavy load may look damaged five times in a row.
+pub fn look<D: Disk>(mut open_disk: impl FnMut() -> Result<D, StoreError>, path: &Path) -> Result<Contents, StoreError> {
+    let mut tried = 0;
+    loop {
+        tried += 1;
+        match EpochMap::read_all(open_disk()?, path, &OpenOptions::default()) {
+            Ok((store, _)) => return store.contents(),
+            // A checkpoint may have come, and what the one before it named may be something else by now.
+            Err(StoreError::Damaged { .. }) if tried < LOOKS => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 
@@ -271,6 +304,17 @@ impl<D: Disk> EpochMap<D> {
         store.by_volume = kept.map(|replica| (replica.record.volume, replica.record.slot)).collect();
         store.count_space();
         Ok(store)
+    }
+
+    fn contents(&self) -> Result<Contents, StoreError> {
+        let opened = self.replicas().into_iter();
+        let replicas = opened.map(|replica| Ok((replica, self.snapshots(replica.spec.volume)?)));
+        Ok(Contents {
+            id: self.id(),
+            geometry: self.superblock.geometry,
+            usage: self.usage()?,
+            replicas: replicas.collect::<Result<_, StoreError>>()?,
+        })
     }
 
     pub(super) fn damaged(&self, reason: impl std::fmt::Display) -> StoreError {

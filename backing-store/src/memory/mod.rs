@@ -26,7 +26,7 @@ use crate::units::{BLOCK_SIZE, BlockIndex, ByteLength, SnapshotId, StoreId, Volu
 use replica::{Replica, Value};
 use runs::Runs;
 
-/// How many extents a replica's log remembers unless told otherwise: as many as a `FileStore`'s.
+/// How many extents a replica's log remembers unless told otherwise: as many as an `EpochMap`'s.
 const LOG_CAPACITY: usize = 65_536;
 /// Room unless told otherwise.
 const CAPACITY: ByteLength = ByteLength::new(1 << 50);

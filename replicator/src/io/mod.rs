@@ -10,9 +10,11 @@ mod mailbox;
 mod primary;
 mod reactor;
 mod receive;
+mod scrubber;
 mod send;
 mod server;
 mod server_control;
+mod server_stop;
 mod socket;
 
 pub use connection::{ConnectionKey, Connections, EndReason, Event};

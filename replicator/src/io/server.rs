@@ -15,7 +15,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use carrick_backing_store::{BufferPool, Completion, Operation, ReplicaStore, StoreError, StoreId, Term, Token, VolumeId};
+use carrick_backing_store::{
+    BufferPool, ByteLength, Completion, Outcome, ReplicaStore, Scrubbed, StoreError, StoreId, Term, Token, VolumeId,
+};
 use io_uring::opcode;
 use io_uring::types::{Fd, Timespec};
 
@@ -25,6 +27,7 @@ use super::listeners::ReplicaListeners;
 use super::mailbox::Mailbox;
 use super::primary::{give_back_heap, ring_unavailable};
 use super::reactor::{Completed, Reactor, Source};
+use super::scrubber::Scrubber;
 use super::socket;
 use crate::control::{ReplicaAnswer, ReplicaRequest};
 use crate::endpoint::Endpoint;
@@ -47,16 +50,18 @@ static STALL_LIMIT: Timespec = Timespec::new().sec(10);
 static ACCEPT_PAUSE: Timespec = Timespec::new().sec(1);
 /// After so long without data moving, memory that only load needs is given back.
 const IDLE: Duration = Duration::from_secs(2);
-/// How long connections may take to close at the end.
-const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 /// Repeated complaints are logged once in this time.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// That a volume finds no room is logged once in this time.
+const NO_SPACE_LOG_INTERVAL: Duration = Duration::from_secs(3600);
+/// The token of the scrub's operations. The service counts its own up from 1.
+const SCRUB: Token = Token(u64::MAX);
 
 /// Tokens of [`Source::Mailbox`].
 const MAILBOX: u64 = 0;
-const STORE: u64 = 1;
+pub(super) const STORE: u64 = 1;
 /// Tokens of [`Source::FrontEnd`]: a listener's index, or this plus its index for the pause of a listener.
-const PAUSE: u64 = 16;
+pub(super) const PAUSE: u64 = 16;
 
 /// Why a replica process can't serve, or ended badly.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +97,7 @@ pub enum ServerError {
 
 /// What the driver knows of a peer.
 #[derive(Debug, Default)]
-struct Peer {
+pub(super) struct Peer {
     /// It has sent a frame.
     greeted: bool,
     /// Nothing is received from it now.
@@ -115,22 +120,24 @@ pub struct Server<S: ReplicaStore> {
     /// Replicas that the store failed to delete.
     pub(super) half_deleted: Vec<VolumeId>,
     mailbox: Mailbox<Command<ReplicaRequest, ReplicaAnswer>>,
-    reactor: Reactor,
-    connections: Connections,
+    pub(super) reactor: Reactor,
+    pub(super) connections: Connections,
     pool: BufferPool,
-    peers: HashMap<ConnectionKey, Peer>,
+    pub(super) peers: HashMap<ConnectionKey, Peer>,
     /// How many peers are paused.
     paused: usize,
     /// Operations submitted to the store and not completed.
-    in_store: usize,
+    pub(super) in_store: usize,
     completions: Vec<Completion>,
-    /// The store's descriptor became readable since the last reap.
-    store_woke: bool,
+    /// The store's descriptor became readable since the last reap, or it was changed without being reaped.
+    pub(super) store_woke: bool,
+    pub(super) scrubber: Scrubber,
     /// Data has moved since `busy_at` was set.
     busy: bool,
     busy_at: Option<Instant>,
     refusal_logged: Option<Instant>,
     failure_logged: Option<Instant>,
+    no_space_logged: HashMap<VolumeId, Instant>,
     garbage_logged: Option<Instant>,
     cut_off_logged: Option<Instant>,
     /// Who asked for the end.
@@ -138,7 +145,8 @@ pub struct Server<S: ReplicaStore> {
 }
 
 impl<S: ReplicaStore> Server<S> {
-    /// Serves `store`, which is at `path`. Make it on the thread that will run it.
+    /// Serves `store`, which is at `path`, and scrubs it at this rate, in bytes per second (zero: not at all). Make it on the
+    /// thread that will run it.
     ///
     /// # Errors
     /// [`ServerError::Ring`].
@@ -147,6 +155,7 @@ impl<S: ReplicaStore> Server<S> {
         path: PathBuf,
         listeners: ReplicaListeners,
         mailbox: Mailbox<Command<ReplicaRequest, ReplicaAnswer>>,
+        scrub_rate: ByteLength,
     ) -> Result<Self, ServerError> {
         let reactor = Reactor::new().map_err(ServerError::Ring)?;
         let pool = BufferPool::new(POOL_KEEP);
@@ -168,11 +177,14 @@ impl<S: ReplicaStore> Server<S> {
             paused: 0,
             in_store: 0,
             completions: Vec::new(),
-            store_woke: false,
+            // It may have work of its own to go on with.
+            store_woke: true,
+            scrubber: Scrubber::new(scrub_rate, Instant::now()),
             busy: false,
             busy_at: None,
             refusal_logged: None,
             failure_logged: None,
+            no_space_logged: HashMap::new(),
             garbage_logged: None,
             cut_off_logged: None,
             stopping: None,
@@ -206,10 +218,13 @@ impl<S: ReplicaStore> Server<S> {
     }
 
     fn timeout(&mut self) -> Option<Duration> {
+        let now = Instant::now();
         if mem::take(&mut self.busy) {
-            self.busy_at = Some(Instant::now());
+            self.busy_at = Some(now);
         }
-        self.busy_at.map(|at| IDLE.saturating_sub(at.elapsed()))
+        let rest = self.busy_at.map(|at| at + IDLE);
+        let first = [rest, self.scrubber.due()].into_iter().flatten().min();
+        first.map(|at| at.saturating_duration_since(now))
     }
 
     /// Gives memory back once when load has ended.
@@ -256,7 +271,7 @@ impl<S: ReplicaStore> Server<S> {
         }
     }
 
-    fn arm_store(&mut self) -> io::Result<()> {
+    pub(super) fn arm_store(&mut self) -> io::Result<()> {
         let Some(fd) = self.store.wake_fd() else { return Ok(()) };
         // Once and re-armed: an edge that is missed can't be missed for ever.
         let entry = opcode::PollAdd::new(Fd(fd.as_raw_fd()), u32::from(libc::POLLIN.cast_unsigned()));
@@ -352,7 +367,7 @@ impl<S: ReplicaStore> Server<S> {
     }
 
     /// The connection is gone: tells the service.
-    fn forget(&mut self, key: ConnectionKey) {
+    pub(super) fn forget(&mut self, key: ConnectionKey) {
         self.drop_peer(key);
         self.service.on_disconnected(ConnectionId(key.get()));
     }
@@ -434,6 +449,7 @@ impl<S: ReplicaStore> Server<S> {
 
     /// Carries everything on until nothing moves: what peers sent is bounded by what was received, so this ends.
     fn settle(&mut self) -> io::Result<()> {
+        self.scrub();
         loop {
             self.finish_deletions();
             self.resume()?;
@@ -445,7 +461,7 @@ impl<S: ReplicaStore> Server<S> {
     }
 
     /// Carries out what the service wants.
-    fn act(&mut self) -> io::Result<()> {
+    pub(super) fn act(&mut self) -> io::Result<()> {
         while let Some(action) = self.service.next_action() {
             match action {
                 ServiceAction::Send(ConnectionId(id), frame) => {
@@ -468,7 +484,7 @@ impl<S: ReplicaStore> Server<S> {
     }
 
     /// Tells the service what the store has finished. Whether there was anything.
-    fn reap(&mut self) -> bool {
+    pub(super) fn reap(&mut self) -> bool {
         if self.in_store == 0 && !self.store_woke {
             return false;
         }
@@ -478,6 +494,10 @@ impl<S: ReplicaStore> Server<S> {
         let any = !completions.is_empty();
         for completion in completions.drain(..) {
             self.in_store -= 1;
+            if completion.token == SCRUB {
+                self.on_scrubbed(completion);
+                continue;
+            }
             self.log_failure(&completion);
             self.service.on_completion(completion);
         }
@@ -486,84 +506,46 @@ impl<S: ReplicaStore> Server<S> {
     }
 
     fn log_failure(&mut self, completion: &Completion) {
-        if let Err(error) = &completion.result
-            && may_log(&mut self.failure_logged)
+        let (store, volume) = (self.store_id, completion.volume);
+        match &completion.result {
+            Ok(_) => {}
+            // The primary tries again and again: once an hour tells as much.
+            Err(error @ StoreError::NoSpace { .. }) => {
+                let logged = self.no_space_logged.get(&volume);
+                if logged.is_none_or(|at| at.elapsed() >= NO_SPACE_LOG_INTERVAL) {
+                    self.no_space_logged.insert(volume, Instant::now());
+                    tracing::error!(%store, %volume, %error, "a write finds no room; it is tried again");
+                }
+            }
+            Err(error) if may_log(&mut self.failure_logged) => tracing::error!(%store, %volume, %error, "the store failed an operation"),
+            Err(_) => {}
+        }
+    }
+
+    /// Reads the next piece of the scrub, if it is time.
+    fn scrub(&mut self) {
+        let store = &self.store;
+        let volumes = || store.replicas().iter().map(|replica| replica.spec.volume).collect();
+        if let Some((volume, operation)) = self.scrubber.next(Instant::now(), self.in_store > 0, volumes) {
+            self.in_store += 1;
+            self.store.submit(volume, SCRUB, operation);
+        }
+    }
+
+    fn on_scrubbed(&mut self, completion: Completion) {
+        let (store, volume) = (self.store_id, completion.volume);
+        let result = completion.result.map(|outcome| match outcome {
+            Outcome::Scrubbed(scrubbed) => scrubbed,
+            _ => Scrubbed { verified: 0, bad: Vec::new(), next: None },
+        });
+        if let Err(error) = &result
+            && !matches!(error, StoreError::UnknownVolume(_))
         {
-            tracing::error!(store = %self.store_id, volume = %completion.volume, %error, "the store failed an operation");
+            tracing::error!(%store, %volume, %error, "the scrub can't read a volume");
         }
-    }
-
-    /// Ends every connection, waits for the store, and syncs every replica.
-    fn stop(&mut self, completed: &mut Vec<Completed>) -> Result<(), ServerError> {
-        tracing::info!(store = %self.store_id, connections = self.peers.len(), "stopping");
-        self.listeners.shut_down();
-        for key in self.peers.keys().copied().collect::<Vec<_>>() {
-            self.connections.close(&mut self.reactor, key)?;
-            self.forget(key);
+        for block in self.scrubber.on_read(Instant::now(), &result) {
+            tracing::error!(%store, %volume, %block, "the scrub found a damaged block; it is replaced when it is read");
         }
-        // What peers sent before is still carried out, and what that brings about.
-        self.act()?;
-        while self.in_store > 0 {
-            if self.reap() {
-                self.act()?;
-            } else {
-                self.wait_stopping(None, completed)?;
-            }
-        }
-        self.finish_deletions();
-        self.sync_all(completed)?;
-        let until = Instant::now() + CLOSE_LIMIT;
-        self.connections.close_all(&mut self.reactor)?;
-        while self.connections.in_use() > 0 && Instant::now() < until {
-            self.wait_stopping(Some(until.saturating_duration_since(Instant::now())), completed)?;
-        }
-        Ok(())
-    }
-
-    fn sync_all(&mut self, completed: &mut Vec<Completed>) -> Result<(), ServerError> {
-        let replicas = self.store.replicas();
-        let mut waiting = replicas.len();
-        for (number, replica) in (0..).zip(&replicas) {
-            self.store.submit(replica.spec.volume, Token(number), Operation::Sync);
-        }
-        let mut failed = None;
-        while waiting > 0 {
-            let mut completions = Vec::new();
-            self.store.reap(&mut completions);
-            waiting -= completions.len();
-            for Completion { volume, result, .. } in completions.drain(..) {
-                if let Err(source) = result {
-                    tracing::error!(store = %self.store_id, %volume, error = %source, "the last sync failed");
-                    failed = failed.or(Some(ServerError::Sync { volume, source }));
-                }
-            }
-            if waiting > 0 {
-                self.wait_stopping(None, completed)?;
-            }
-        }
-        failed.map_or(Ok(()), Err)
-    }
-
-    /// Waits while stopping: only the store and connections that are closing matter.
-    fn wait_stopping(&mut self, timeout: Option<Duration>, completed: &mut Vec<Completed>) -> io::Result<()> {
-        self.reactor.wait(timeout, completed)?;
-        for completed in completed.drain(..) {
-            match (completed.source, completed.token) {
-                (Some(Source::Connection), _) => {
-                    self.connections.on_completed(&mut self.reactor, &completed)?;
-                }
-                (Some(Source::Mailbox), STORE) => {
-                    self.store_woke = true;
-                    self.arm_store()?;
-                }
-                (Some(Source::FrontEnd), 0..PAUSE) if completed.result >= 0 => {
-                    // SAFETY: the kernel has just made this descriptor for us; nobody is served any more.
-                    drop(unsafe { OwnedFd::from_raw_fd(completed.result) });
-                }
-                _ => {}
-            }
-        }
-        Ok(())
     }
 }
 

@@ -23,14 +23,16 @@ impl<S: ReplicaStore> Server<S> {
     }
 
     fn status(&self) -> Result<ReplicaAnswer, ControlError> {
-        Ok(ReplicaAnswer::Status(ReplicaProcessStatus {
+        Ok(ReplicaAnswer::Status(Box::new(ReplicaProcessStatus {
             version: env!("CARGO_PKG_VERSION").into(),
             store: self.store_id,
             path: self.path.clone(),
             endpoints: self.listeners.endpoints(),
             usage: self.store.usage().map_err(refusal)?,
+            poisoned: self.store.poisoned().map(str::to_owned),
+            scrub: self.scrubber.report(),
             replicas: self.service.report(),
-        }))
+        })))
     }
 
     fn create(&mut self, spec: ReplicaSpec) -> Result<ReplicaAnswer, ControlError> {
@@ -44,7 +46,10 @@ impl<S: ReplicaStore> Server<S> {
             let message = format!("the replica of volume {volume} could not be deleted: restart carrick-replica to look at it afresh");
             return Err(ControlError { code: ControlErrorCode::Failed, message });
         }
-        self.store.create(spec).map_err(refusal)?;
+        let created = self.store.create(spec);
+        // It has begun things, and wants to be asked when they go on.
+        self.store_woke = true;
+        created.map_err(refusal)?;
         if !self.service.report().iter().any(|known| known.spec.volume == volume) {
             let created = self.store.replicas().into_iter().find(|replica| replica.spec.volume == volume);
             self.service.add(created.ok_or_else(|| refusal(StoreError::UnknownVolume(volume)))?);
@@ -58,10 +63,13 @@ impl<S: ReplicaStore> Server<S> {
         if self.deleting.is_empty() {
             return;
         }
-        let service = &mut self.service;
-        for (volume, reply) in self.deleting.extract_if(.., |(volume, _)| service.remove(*volume)) {
-            match self.store.delete(volume) {
+        let (service, scrubbed) = (&mut self.service, self.scrubber.reading());
+        for (volume, reply) in self.deleting.extract_if(.., |(volume, _)| service.remove(*volume) && scrubbed != Some(*volume)) {
+            let deleted = self.store.delete(volume);
+            self.store_woke = true;
+            match deleted {
                 Ok(()) => {
+                    self.scrubber.forget(volume);
                     tracing::info!(store = %self.store_id, %volume, "replica deleted");
                     self.half_deleted.retain(|half| *half != volume);
                     reply.send(ReplicaAnswer::Done);
@@ -81,7 +89,6 @@ fn refusal(error: StoreError) -> ControlError {
         StoreError::NoSpace { .. } => ControlErrorCode::NoSpace,
         StoreError::Conflict { .. } => ControlErrorCode::Conflict,
         StoreError::UnknownVolume(_) => ControlErrorCode::NotFound,
-        StoreError::Unsupported { .. } => ControlErrorCode::Unsupported,
         _ => ControlErrorCode::Failed,
     };
     ControlError { code, message: error.to_string() }

@@ -79,7 +79,12 @@ pub(super) struct VolumeReplica {
     writes: usize,
     changing: bool,
     ack_due: bool,
+    /// Why blocks may be undefined.
     failure: Option<String>,
+    /// A live write of this session has failed.
+    failed_write: bool,
+    /// A write found no room, and none has been taken since.
+    full: Option<String>,
     effects: VecDeque<Effect>,
 }
 
@@ -100,6 +105,8 @@ impl VolumeReplica {
             changing: false,
             ack_due: false,
             failure: None,
+            failed_write: false,
+            full: None,
             effects: VecDeque::new(),
         }
     }
@@ -124,7 +131,7 @@ impl VolumeReplica {
             position: self.position,
             durable: self.durable,
             connected: self.session.is_some(),
-            failure: self.failure.clone(),
+            failure: self.failure.as_ref().or(self.full.as_ref()).cloned(),
         }
     }
 
@@ -296,6 +303,7 @@ impl VolumeReplica {
         }
         // After a failed write the primary sends again from the position.
         self.received = self.position;
+        self.failed_write = false;
         let live = self.state.log_term == request.term;
         self.session = Some(Session { connection, term: request.term, live });
         let answer = self.status_answer(&request, Kind::PromiseAnswer);
@@ -328,6 +336,7 @@ impl VolumeReplica {
             Outcome::Written => {
                 assert_eq!(request.sequence, self.position.next(), "live writes complete in sequence order");
                 self.position = request.sequence;
+                self.full = None;
                 self.ack_due = true;
                 if request.flags.contains(Flags::FUA) {
                     self.submit(connection, Header { kind: Kind::Flush, ..request }, Operation::Sync, next);
@@ -378,6 +387,11 @@ impl VolumeReplica {
     }
 
     fn on_failed(&mut self, connection: ConnectionId, request: &Header, error: &StoreError) {
+        let is_live = matches!(request.kind, Kind::Write | Kind::WriteZeroes | Kind::Discard);
+        if is_live && std::mem::replace(&mut self.failed_write, true) {
+            // Behind one that has failed, which has told why and ended the session.
+            return;
+        }
         let code = match error {
             StoreError::Corrupt { .. } => ErrorCode::Corrupt,
             StoreError::NoSpace { .. } => ErrorCode::NoSpace,
@@ -385,8 +399,11 @@ impl VolumeReplica {
             StoreError::UnknownVolume(_) => ErrorCode::UnknownVolume,
             _ => ErrorCode::Io,
         };
-        if request.kind != Kind::Read {
-            self.failure = Some(error.to_string());
+        match error {
+            _ if request.kind == Kind::Read => {}
+            // It has changed nothing: the primary comes back, and sends it again.
+            StoreError::NoSpace { .. } => self.full = Some(error.to_string()),
+            _ => self.failure = Some(error.to_string()),
         }
         self.refuse(connection, request, code, error.to_string());
         // A write or a state that failed ends the session: the primary must not count on anything after it.

@@ -38,7 +38,8 @@ fn replicas_are_created_listed_and_deleted_and_every_request_may_be_repeated() {
     assert_eq!(refusal(replica.ask(&ReplicaRequest::Create { spec: huge })), ControlErrorCode::NoSpace);
     let status = replica.status();
     assert_eq!(status.replicas.iter().map(|replica| replica.spec).collect::<Vec<_>>(), [spec]);
-    assert!(status.usage.used >= spec.size.bytes());
+    assert!(status.usage.reserved >= spec.size.bytes(), "promised, and not used yet: {:?}", status.usage);
+    assert_eq!((status.poisoned, status.scrub.rate.get(), status.scrub.damaged.len()), (None, 4 << 20, 0));
 
     for _ in 0..2 {
         assert_eq!(replica.ask(&ReplicaRequest::Delete { volume: spec.volume }), ReplicaAnswer::Done);

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use carrick_backing_store::VolumeId;
@@ -9,7 +10,7 @@ use carrick_replicator::control::{ReplicaAnswer, ReplicaRequest};
 use carrick_replicator::io::{LoadLimit, LoadPattern, LoadSpec};
 use rustix::process::Signal;
 
-use crate::support::{Replica, load, load_spec, run, run_load, size, volume_on};
+use crate::support::{Replica, STORE_SIZE, load, load_spec, run, run_load, size, volume_on};
 
 /// Runs the program, which must fail with this code and one sentence that has all of these in it.
 fn fails(arguments: &[&dyn AsRef<OsStr>], code: i32, words: &[&str]) {
@@ -27,10 +28,21 @@ fn fails(arguments: &[&dyn AsRef<OsStr>], code: i32, words: &[&str]) {
     }
 }
 
+fn format(path: &Path) {
+    let output = run(&["format".as_ref(), path.as_os_str(), "--size".as_ref(), STORE_SIZE.as_ref()]);
+    assert!(output.status.success(), "{output:?}");
+}
+
 fn show(path: &Path) -> serde_json::Value {
     let output = run(&["show".as_ref(), path.as_os_str()]);
     assert!(output.status.success(), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// What a check with all data says, and its exit code.
+fn check(path: &Path) -> (i32, serde_json::Value) {
+    let output = run(&["check".as_ref(), path.as_os_str(), "--data".as_ref(), "--json".as_ref()]);
+    (output.status.code().unwrap(), serde_json::from_slice(&output.stdout).unwrap())
 }
 
 #[test]
@@ -48,11 +60,23 @@ fn folders_that_cannot_be_served_are_refused_in_a_sentence() {
     fails(&[&"format", &place], 1, &[name, "thesis.txt"]);
     fs::remove_file(place.join("thesis.txt")).unwrap();
 
-    assert!(run(&["format".as_ref(), place.as_os_str()]).status.success());
+    fails(&[&"format", &place, &"--size", &"1M"], 1, &[name, "smallest"]);
+    fails(&[&"format", &place, &"--size", &"large"], 2, &["--size"]);
+    format(&place);
     fails(&[&"format", &place], 1, &[name, "already"]);
-    fs::write(place.join("carrick-store"), vec![0xa5; 8192]).unwrap();
-    fails(&serve, 1, &[name, "carrick-store"]);
-    fails(&[&"show", &place], 1, &[name]);
+    let damage = fs::File::options().write(true).open(place.join("blocks")).unwrap();
+    damage.write_all_at(&vec![0xa5; 1 << 20], 0).unwrap();
+    for command in ["serve", "show", "dump"] {
+        fails(&[&command, &place], 1, &[name, "not a Carrick store"]);
+    }
+    fails(&[&"check", &place], 2, &[name, "not a Carrick store"]);
+
+    let old = folder.path().join("old");
+    fs::create_dir(&old).unwrap();
+    fs::write(old.join("carrick-store"), "of the first format").unwrap();
+    for command in ["serve", "show", "format"] {
+        fails(&[&command, &old], 1, &[old.to_str().unwrap(), "made by an earlier Carrick", "rebuilt"]);
+    }
     assert!(!run_dir.exists(), "nothing was made for stores that can't be served");
 }
 
@@ -60,9 +84,10 @@ fn folders_that_cannot_be_served_are_refused_in_a_sentence() {
 fn wrong_command_lines_and_dangerous_addresses_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (place, run_dir) = (folder.path().join("store"), folder.path().join("run"));
-    assert!(run(&["format".as_ref(), place.as_os_str()]).status.success());
+    format(&place);
     fails(&[], 2, &["Usage"]);
-    fails(&[&"serve"], 2, &["PATH"]);
+    fails(&[&"serve"], 2, &["STORE"]);
+    fails(&[&"serve", &place, &"--scrub-rate", &"1x"], 2, &["--scrub-rate"]);
     fails(&[&"serve", &place, &"--listen", &"localhost:1"], 2, &["--listen"]);
     fails(&[&"serve", &place, &"--insecure"], 2, &["--listen"]);
     fails(&[&"serve", &place, &"--run-dir", &run_dir, &"--listen", &"0.0.0.0:0"], 1, &["0.0.0.0", "--insecure"]);
@@ -82,11 +107,47 @@ fn a_store_is_served_once_and_can_be_looked_at_meanwhile() {
     assert_eq!(seen["store"], replica.store.to_string());
     assert_eq!(seen["replicas"][0]["volume"], volume.to_string());
     assert_eq!(seen["replicas"][0]["size"], 4 << 20);
-    assert_eq!(seen["replicas"][0]["clean"], false);
+    assert_eq!(seen["size"], 1 << 30);
+    let status = replica.status();
+    assert_eq!(seen["usage"]["reserved"], status.usage.reserved.get());
+    fails(&[&"check", &replica.path()], 2, &["in use"]);
+    let dump = run(&["dump".as_ref(), replica.path().as_os_str()]);
+    assert!(dump.status.success() && String::from_utf8(dump.stdout).unwrap().contains(&volume.to_string()));
 
     replica.signal(Signal::TERM);
     assert!(replica.ended_well());
-    assert_eq!(show(&replica.path())["replicas"][0]["clean"], true);
+    assert_eq!(show(&replica.path())["replicas"], seen["replicas"]);
+    assert_eq!(check(&replica.path()), (0, check(&replica.path()).1));
+}
+
+#[test]
+fn damage_is_found_by_a_check_and_told_by_its_exit_code() {
+    let mut replicas = [Replica::start()];
+    let size = size(4);
+    let volume = volume_on(&replicas, size);
+    let spec = LoadSpec { limit: LoadLimit::Requests(1024), write_percent: 100, pattern: LoadPattern::Sequential, ..load_spec(size) };
+    run_load(load(spec), volume, size, vec![replicas[0].unix()]).unwrap();
+    let [replica] = &mut replicas;
+    replica.signal(Signal::TERM);
+    assert!(replica.ended_well());
+    let (code, report) = check(&replica.path());
+    assert_eq!((code, &report["clean"], &report["verified"]), (0, &true.into(), &1024.into()), "{report}");
+
+    // Most of what is in the store is that data: the middle of the longest run of blocks in use is a part of it.
+    let blocks = fs::File::options().read(true).write(true).open(replica.path().join("blocks")).unwrap();
+    let (mut run, mut longest) = (0..0, 0..0);
+    for block in 0..blocks.metadata().unwrap().len() / 4096 {
+        let mut bytes = [0; 4096];
+        blocks.read_exact_at(&mut bytes, block * 4096).unwrap();
+        run = if bytes == [0; 4096] { block + 1..block + 1 } else { run.start..block + 1 };
+        longest = if longest.end - longest.start < run.end - run.start { run.clone() } else { longest };
+    }
+    blocks.write_all_at(&[0x5a; 64], (longest.start + longest.end) / 2 * 4096 + 1000).unwrap();
+    let (code, report) = check(&replica.path());
+    assert_eq!((code, report["faults"].as_array().unwrap().len()), (1, 1), "{report}");
+    let words = crate::support::run(&["check".as_ref(), replica.path().as_os_str(), "--data".as_ref()]);
+    let words = String::from_utf8(words.stdout).unwrap();
+    assert!(words.contains(&volume.to_string()) && words.contains("DAMAGED"), "{words}");
 }
 
 #[test]

@@ -19,6 +19,9 @@ use tempfile::TempDir;
 /// Longest wait for a state, on a machine that is busy with other things.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Of each store: room for a few volumes, without much to be written by its formatting.
+pub const STORE_SIZE: &str = "1G";
+
 pub fn program() -> Command {
     Command::new(env!("CARGO_BIN_EXE_carrick-replica"))
 }
@@ -47,7 +50,7 @@ impl Replica {
     /// A new store, served on its Unix socket and a TCP port.
     pub fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let made = program().arg("format").arg(folder.path().join("store")).output().unwrap();
+        let made = program().arg("format").arg(folder.path().join("store")).args(["--size", STORE_SIZE]).output().unwrap();
         assert!(made.status.success(), "{made:?}");
         let answer: serde_json::Value = serde_json::from_slice(&made.stdout).unwrap();
         let store = answer["store"].as_str().unwrap().parse().unwrap();
@@ -91,7 +94,7 @@ impl Replica {
 
     pub fn status(&self) -> ReplicaProcessStatus {
         match self.ask(&ReplicaRequest::Status) {
-            ReplicaAnswer::Status(status) => status,
+            ReplicaAnswer::Status(status) => *status,
             other => panic!("{other:?}"),
         }
     }

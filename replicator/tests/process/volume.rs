@@ -163,7 +163,7 @@ fn a_store_that_completes_at_once_is_served_like_any_other() {
     let path = folder.path().join("socket");
     let listeners = ReplicaListeners::bind(&path, None, false).unwrap();
     let serving = thread::spawn(move || {
-        let server = Server::new(MemoryStore::new(), "memory".into(), listeners, mailbox).unwrap();
+        let server = Server::new(MemoryStore::new(), "memory".into(), listeners, mailbox, ByteLength::ZERO).unwrap();
         server.run().map(|(store, replies)| (store.replicas().len(), replies.len())).unwrap()
     });
     let ask = |request| {

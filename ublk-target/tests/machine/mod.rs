@@ -15,6 +15,8 @@ use tempfile::TempDir;
 
 /// User-mode Linux on a busy machine is slow; nothing here is a measurement.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Of each store: room for the volume.
+const STORE_SIZE: &str = "512M";
 /// The file that the udev rules read is in this folder, so that there is one machine at a time.
 const RUN: &str = "/run/carrick";
 
@@ -43,7 +45,12 @@ impl Machine {
     fn add_replica(&mut self, number: usize) {
         let program = Path::new(env!("CARGO_BIN_EXE_carrick-target")).with_file_name("carrick-replica");
         let path = self.folder.path().join(number.to_string());
-        let made = Command::new(&program).arg("format").arg(&path).output().expect("carrick-replica is built beside carrick-target");
+        let made = Command::new(&program)
+            .arg("format")
+            .arg(&path)
+            .args(["--size", STORE_SIZE])
+            .output()
+            .expect("carrick-replica is built beside carrick-target");
         assert!(made.status.success(), "{made:?}");
         let made: serde_json::Value = serde_json::from_slice(&made.stdout).unwrap();
         let store: StoreId = made["store"].as_str().unwrap().parse().unwrap();

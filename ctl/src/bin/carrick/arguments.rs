@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use carrick_ctl::size::{SizeError, parse_size};
+use carrick_backing_store::size::{SizeError, parse_size};
 use carrick_replicator::control::RunDirectory;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;

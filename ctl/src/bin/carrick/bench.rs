@@ -17,9 +17,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use carrick_backing_store::size::HumanSize;
 use carrick_backing_store::{BufferPool, ByteLength, ReplicaSpec, StoreId, Term, VolumeId, VolumeSize};
 use carrick_ctl::fault::{Fault, Reason};
-use carrick_ctl::size::HumanSize;
 use carrick_replicator::control::{ControlErrorCode, MemberState, ReplicaAnswer, ReplicaRequest, RunDirectory, call};
 use carrick_replicator::endpoint::Endpoint;
 use carrick_replicator::engine::{Engine, EngineConfig, Request, RequestError, RequestTag, Response};
@@ -46,6 +46,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// Requests of the load that fills the volume: few and large.
 const FILL_UNIT: u64 = 1 << 20;
 const FILL_DEPTH: usize = 8;
+/// What a store has beside the volume: its map, its journal, and room for what was overwritten and is not yet free again.
+const STORE_PART: u64 = 4;
+const STORE_BASE: u64 = 256 << 20;
 /// Tags beside those of the load, which counts from 0.
 const FLUSH: RequestTag = RequestTag(u64::MAX);
 const FINAL_FLUSH: RequestTag = RequestTag(u64::MAX - 1);
@@ -141,7 +144,7 @@ impl<'a> Plan<'a> {
         let volume = VolumeId::random();
         let spec = ReplicaSpec { volume, size: self.size };
         let endpoints = (0..self.arguments.replicas)
-            .map(|index| Replica::start(folder, index, self.arguments.unix)?.create(spec))
+            .map(|index| Replica::start(folder, index, self.size, self.arguments.unix)?.create(spec))
             .collect::<Result<Vec<_>, _>>()?;
         // Blocks that were never written would be read, and written for the first time, faster or slower than others.
         let filled = self.run(volume, &endpoints, self.fill, None)?;
@@ -309,12 +312,13 @@ struct Replica {
 
 impl Replica {
     /// Formats a store and serves it.
-    fn start(folder: &Folder, index: usize, unix: bool) -> Result<Self, Problem> {
+    fn start(folder: &Folder, index: usize, volume: VolumeSize, unix: bool) -> Result<Self, Problem> {
         let program = program()?;
         let path = folder.path.join(index.to_string());
         let failed = |error: String| Problem::local(format!("{} {error}", program.display()));
-        let made =
-            Command::new(&program).arg("format").arg(&path).output().map_err(|error| failed(format!("can't be started: {error}")))?;
+        let size = volume.bytes().get() + volume.bytes().get() / STORE_PART + STORE_BASE;
+        let made = Command::new(&program).arg("format").arg(&path).arg("--size").arg(size.to_string()).output();
+        let made = made.map_err(|error| failed(format!("can't be started: {error}")))?;
         if !made.status.success() {
             return Err(failed(format!("format failed: {}", String::from_utf8_lossy(&made.stderr).trim_end())));
         }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use carrick_ctl::size::HumanSize;
+use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1::{
     Attachment, AttachmentState, GetStatusResponse, Process, ProcessKind, ProcessState, Replica, ReplicaState, Store, TargetPhase, Volume,
     VolumeState,

@@ -65,7 +65,7 @@ pub async fn listener(socket: &Path) -> Result<Option<u32>, CallError> {
 /// How a carrick-replica does.
 pub async fn replica_status(socket: &Path) -> Result<ReplicaProcessStatus, CallError> {
     match ask(socket, &ReplicaRequest::Status, STATUS_LIMIT).await? {
-        ReplicaAnswer::Status(status) => Ok(status),
+        ReplicaAnswer::Status(status) => Ok(*status),
         ReplicaAnswer::Refused(error) => Err(CallError::Refused(error)),
         ReplicaAnswer::Done => Err(unexpected()),
     }

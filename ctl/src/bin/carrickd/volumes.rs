@@ -7,10 +7,10 @@
 //! 2. replica by replica: delete it, then strike it from the record; 3. the last one takes the record along. A crash
 //! anywhere is followed by the same steps again: deleting a replica twice changes nothing.
 
+use carrick_backing_store::size::HumanSize;
 use carrick_backing_store::{ReplicaSpec, StoreId, VolumeId, VolumeSize};
 use carrick_ctl::fault::{Fault, Reason};
 use carrick_ctl::name::VolumeName;
-use carrick_ctl::size::HumanSize;
 use carrick_replicator::control::{ControlErrorCode, ReplicaRequest};
 
 use crate::attach;

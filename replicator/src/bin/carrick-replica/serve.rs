@@ -6,12 +6,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
-use carrick_backing_store::{FileStore, ReplicaStore};
+use carrick_backing_store::ReplicaStore;
+use carrick_backing_store::disk::Disk;
+use carrick_backing_store::epoch_map::{EpochMap, OpenOptions};
 use carrick_replicator::control::{ControlError, ControlErrorCode, ReplicaAnswer, RunDirectory};
 use carrick_replicator::io::{ControlSocket, Reactor, ReplicaListeners, Server, ServerError, listen_unix, mailbox};
 
 use super::ServeArguments;
 use super::signals::EndSignals;
+use super::store::open_exclusively;
 
 /// How long the end waits for answers to be written.
 const DRAIN_LIMIT: Duration = Duration::from_secs(1);
@@ -30,8 +33,12 @@ pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<()> {
     let signals = EndSignals::block().context("can't block signals")?;
     // Before the store is opened, which may take long after a loss of power.
     drop(Reactor::new().map_err(ServerError::Ring)?);
-    let path = std::path::absolute(&arguments.path).with_context(|| format!("can't tell where {} is", arguments.path.display()))?;
-    let store = FileStore::open(&path)?;
+    let path = std::path::absolute(&arguments.store).with_context(|| format!("can't tell where {} is", arguments.store.display()))?;
+    let mut disk = open_exclusively(&path)?;
+    // A file that has all its space was made so on purpose: what it gave back could be wanting later.
+    let has_all_space = disk.preparable().with_context(|| format!("can't measure {}", path.display()))?.is_none();
+    disk.punch_holes(!arguments.keep_space && !has_all_space);
+    let store = EpochMap::open(disk, &path, &OpenOptions { cache: arguments.cache, overcommit: arguments.overcommit })?;
     let id = store.id();
 
     let run = RunDirectory::new(&arguments.run_dir);
@@ -44,7 +51,7 @@ pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<()> {
     let endpoints: Vec<_> = listeners.endpoints().iter().map(ToString::to_string).collect();
 
     let (sender, mailbox) = mailbox().context("can't make an eventfd")?;
-    let server = Server::new(store, path.clone(), listeners, mailbox)?;
+    let server = Server::new(store, path.clone(), listeners, mailbox, arguments.scrub_rate)?;
     let control = ControlSocket::serve(control, sender.clone(), ReplicaAnswer::Refused).context("can't start the control thread")?;
     signals.forward(sender).context("can't start the signal thread")?;
     tracing::info!(store = %id, path = %path.display(), endpoints = endpoints.join(" "), "serving");
