@@ -161,7 +161,11 @@ pub trait Disk {
     /// Starts work. Its end comes from [`Disk::reap`], always, and exactly once.
     fn submit(&mut self, request: DiskRequest);
 
-    /// Hands everything submitted to the system, and moves what has ended to `done`, without waiting.
+    /// Hands everything submitted to the system, without waiting. [`Disk::reap`] does so, too.
+    fn push(&mut self) {}
+
+    /// Hands everything submitted to the system, and moves what has ended to `done`, without waiting. It may leave some for the
+    /// next time; then [`Disk::wake_fd`] stays readable.
     fn reap(&mut self, done: &mut Vec<DiskDone>);
 
     /// Waits until something has ended that was not reaped. Returns at once if nothing is under way.

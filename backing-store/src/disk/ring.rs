@@ -23,6 +23,9 @@ use crate::units::BLOCK_SIZE;
 use super::slots::Slots;
 use super::{Disk, DiskDone, DiskRequest, DiskWork, IoId};
 
+/// Completions handed out at once. Verifying what was read takes longer than the next requests need to reach the disk, so those
+/// should not wait for all of it. With 8, random reads at depth 32 are a fifth faster than without a limit.
+const REAPED_MAX: usize = 8;
 /// Submission entries: far more than a disk does at once. There are twice as many completion entries, so none overflows.
 const ENTRIES: u32 = 256;
 /// Most I/O that the kernel has at a time. What is left of the entries is for the timer.
@@ -272,9 +275,11 @@ impl RingDisk {
         self.ring.completion().next().map(|entry| (entry.user_data(), entry.result()))
     }
 
-    /// Takes all completions that are there.
+    /// Takes completions that are there, but not so many that the disk has nothing to do meanwhile.
     fn take_completions(&mut self) {
-        while let Some((user_data, result)) = self.next_completion() {
+        while self.ended.len() < REAPED_MAX
+            && let Some((user_data, result)) = self.next_completion()
+        {
             match user_data {
                 TIMER => self.timer = None,
                 TIMER_MOVED => {}
@@ -456,10 +461,14 @@ impl Disk for RingDisk {
         }
     }
 
+    fn push(&mut self) {
+        self.push_waiting();
+        self.submit_all();
+    }
+
     fn reap(&mut self, done: &mut Vec<DiskDone>) {
         loop {
-            self.push_waiting();
-            self.submit_all();
+            self.push();
             // It fails only if there is nothing to read.
             let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
             self.take_completions();
@@ -472,6 +481,9 @@ impl Disk for RingDisk {
         }
         self.arm();
         self.submit_all();
+        if self.ended.len() >= REAPED_MAX {
+            self.nudge();
+        }
         done.append(&mut self.ended);
     }
 
@@ -511,6 +523,7 @@ impl Drop for RingDisk {
                 break;
             }
             self.take_completions();
+            self.ended.clear();
         }
         // The kernel may hold the file for a moment yet, and would hold the lock with it.
         let _ = flock(&self.file, FlockOperation::Unlock);

@@ -54,6 +54,8 @@ pub(super) struct FrozenBits {
     pub(super) groups: Vec<(u64, DiskBlock, Arc<Words>)>,
     /// Directory pages: number and place; their content is known when the groups are written.
     pub(super) directory: Vec<(usize, DiskBlock)>,
+    /// A page that was replaced was not in use.
+    pub(super) contradicted: bool,
 }
 
 #[derive(Debug)]
@@ -217,9 +219,13 @@ impl Allocator {
         Ok(())
     }
 
-    /// Nothing needs this block any more.
-    pub(super) fn give_up(&mut self, place: DiskBlock) {
-        let index = place.get() - self.start;
+    /// Nothing needs this block any more. Whether it was in use, as it must have been.
+    #[must_use]
+    pub(super) fn give_up(&mut self, place: DiskBlock) -> bool {
+        let index = place.get().wrapping_sub(self.start);
+        if index >= self.blocks || !self.is_used(place) {
+            return false;
+        }
         self.mark(index, false);
         let (word, bit) = word_bit(index);
         let number = usize::try_from(index / GROUP_BLOCKS).unwrap_or(usize::MAX);
@@ -227,6 +233,7 @@ impl Allocator {
         group.resting.get_or_insert_with(|| Box::new([0; WORDS]))[word] |= bit;
         group.resting_blocks += 1;
         if self.freezing { &mut self.resting_later } else { &mut self.resting }.push(place);
+        true
     }
 
     /// Up to `count` blocks side by side, at `wanted` or as near as is sensible. `None` if nothing is ready.
@@ -289,6 +296,7 @@ impl Allocator {
     pub(super) fn freeze(&mut self) -> Option<FrozenBits> {
         let mut groups: Vec<(u64, DiskBlock)> = Vec::new();
         let mut directory = Vec::new();
+        let mut contradicted = false;
         // Taking places for pages changes more pages, of which each is taken once.
         let mut done = BTreeSet::new();
         loop {
@@ -301,20 +309,20 @@ impl Allocator {
             for number in more {
                 done.insert(number);
                 match self.groups[number].pointer.place.take() {
-                    Some(old) => self.give_up(old),
+                    Some(old) => contradicted |= !self.give_up(old),
                     None => self.own += 1,
                 }
                 groups.push((number as u64, self.page()?));
             }
             for number in more_directory {
                 match self.directory[number].place.take() {
-                    Some(old) => self.give_up(old),
+                    Some(old) => contradicted |= !self.give_up(old),
                     None => self.own += 1,
                 }
                 directory.push((number, self.page()?));
             }
         }
-        let mut frozen = FrozenBits { groups: Vec::with_capacity(groups.len()), directory };
+        let mut frozen = FrozenBits { groups: Vec::with_capacity(groups.len()), directory, contradicted };
         for (number, place) in groups {
             let group = &mut self.groups[usize::try_from(number).unwrap_or(usize::MAX)];
             group.dirty = false;
@@ -378,14 +386,47 @@ impl Allocator {
 
     // Opening.
 
+    /// Keeps long runs of free blocks from being handed out before they are woken. Gives where they are.
+    pub(super) fn hold_free_runs(&mut self, least: u64) -> Vec<(DiskBlock, u64)> {
+        let mut runs: Vec<(DiskBlock, u64)> = Vec::new();
+        let mut start = 0;
+        for index in 0..=self.prepared() {
+            if index < self.prepared() && self.is_free(index) {
+                continue;
+            }
+            if index - start >= least {
+                (start..index).for_each(|index| self.hold(index));
+                runs.push((DiskBlock::new(self.start + start), index - start));
+            }
+            start = index + 1;
+        }
+        runs
+    }
+
+    fn hold(&mut self, index: u64) {
+        let (word, bit) = word_bit(index);
+        let group = &mut self.groups[usize::try_from(index / GROUP_BLOCKS).unwrap_or(usize::MAX)];
+        group.resting.get_or_insert_with(|| Box::new([0; WORDS]))[word] |= bit;
+        group.resting_blocks += 1;
+        self.free -= 1;
+        self.free_in_chunk[Self::chunk(index)] -= 1;
+    }
+
     /// Sets the directory as the catalog tells.
     pub(super) fn set_directory(&mut self, directory: &[BitsPointer]) -> Result<(), FormatError> {
         if directory.len() != self.directory.len() {
             return Err(FormatError::Field("directory"));
         }
+        if directory.iter().any(|pointer| !self.holds(pointer)) {
+            return Err(FormatError::Field("directory.place"));
+        }
         self.directory.copy_from_slice(directory);
         self.own += directory.iter().filter(|pointer| pointer.place.is_some()).count() as u64;
         Ok(())
+    }
+
+    fn holds(&self, pointer: &BitsPointer) -> bool {
+        pointer.place.is_none_or(|place| (self.start..self.start + self.blocks).contains(&place.get()))
     }
 
     /// Takes over a page of the directory. Gives the groups that have pages.
@@ -393,11 +434,16 @@ impl Allocator {
         if bits_checksum(directory_number(number), page) != self.directory[number].checksum {
             return Err(FormatError::Checksum);
         }
+        let places = self.start..self.start + self.blocks;
         let mut reader = Reader::new(page, "directory");
         let mut with_pages = Vec::new();
         let first = number * DIRECTORY_FAN_OUT;
         for (group_number, group) in (first as u64..).zip(self.groups.iter_mut().skip(first).take(DIRECTORY_FAN_OUT)) {
-            group.pointer = read_pointer(&mut reader)?;
+            let pointer = read_pointer(&mut reader)?;
+            if pointer.place.is_some_and(|place| !places.contains(&place.get())) {
+                return Err(FormatError::Field("directory.place"));
+            }
+            group.pointer = pointer;
             with_pages.extend(group.pointer.place.map(|place| (group_number, place)));
         }
         Ok(with_pages)
@@ -425,6 +471,12 @@ impl Allocator {
         self.groups[position].used = Some(Arc::new(words));
         self.own += 1;
         Ok(())
+    }
+
+    /// Whether nothing is in use where the disk is not prepared.
+    pub(super) fn is_prepared(&self) -> bool {
+        let whole = u16::try_from(CHUNK_BLOCKS).unwrap_or(u16::MAX);
+        self.free_in_chunk.iter().skip(self.prepared_chunks).all(|free| *free == whole)
     }
 
     /// The places of the allocator's own pages.

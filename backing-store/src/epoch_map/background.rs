@@ -13,6 +13,7 @@ use super::cache::PageCache;
 use super::catalog::{DeadTree, Owners, Snapshot};
 use super::page::{Body, Child, Node, Origin, PagePointer, blocks_under};
 use super::record::Slot;
+use super::space::decrease;
 use super::tree::{Missing, Tree};
 use super::{EpochMap, Waiter};
 use crate::disk::{Disk, DiskBlock};
@@ -324,10 +325,10 @@ impl<D: Disk> Walk<'_, D> {
             && epoch > self.foreign
             && let Some(replica) = self.store.replicas.get_mut(&self.slot)
         {
-            replica.record.live -= 1;
+            self.store.contradicted |= !decrease(&mut replica.record.live);
             // Those made since then have counted it, too.
             let since = replica.record.snapshots.iter_mut().rev().take_while(|snapshot| snapshot.epoch > self.floor);
-            since.for_each(|snapshot| snapshot.live -= 1);
+            since.for_each(|snapshot| self.store.contradicted |= !decrease(&mut snapshot.live));
         }
         if epoch > self.needed(index) {
             self.store.give_up_block(self.slot, place);

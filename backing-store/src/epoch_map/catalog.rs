@@ -33,6 +33,8 @@ impl Limits {
     }
 }
 
+/// Replicas that a store can have had.
+pub(super) const SLOT_MAX: u32 = u32::MAX - 1;
 /// Most generations of clones: each costs 20 bytes in every younger one.
 pub(super) const LINEAGE_MAX: usize = 16;
 
@@ -276,7 +278,44 @@ impl Catalog {
     ///
     /// # Errors
     /// [`FormatError`].
-    pub(super) fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
+    pub(super) fn decode(bytes: &[u8], geometry: &Geometry) -> Result<Self, FormatError> {
+        let catalog = Self::read(bytes)?;
+        catalog.check(geometry)?;
+        Ok(catalog)
+    }
+
+    /// Whether it can be true of such a store.
+    fn check(&self, geometry: &Geometry) -> Result<(), FormatError> {
+        let Self { next_slot, prepared, replicas, dead, bad, .. } = self;
+        let all = geometry.data_blocks;
+        if replicas.keys().any(|slot| slot.0 >= *next_slot) || *next_slot > SLOT_MAX {
+            return Err(FormatError::Field("next_slot"));
+        }
+        if *prepared > all {
+            return Err(FormatError::Field("prepared"));
+        }
+        for replica in replicas.values() {
+            replica.tree.root.check(geometry)?;
+            replica.snapshots.iter().try_for_each(|snapshot| snapshot.tree.root.check(geometry))?;
+            let most = replica.snapshots.iter().map(|snapshot| snapshot.live).chain([replica.live, replica.allocated]).max();
+            if most.is_some_and(|most| most > all) {
+                return Err(FormatError::Field("replica.blocks"));
+            }
+        }
+        for dead in dead {
+            Child::Disk(dead.root).check(geometry)?;
+            dead.next.root.check(geometry)?;
+            if !replicas.contains_key(&dead.slot) {
+                return Err(FormatError::Field("dead.slot"));
+            }
+        }
+        if bad.iter().any(|place| !geometry.is_data(*place)) {
+            return Err(FormatError::Field("bad"));
+        }
+        Ok(())
+    }
+
+    fn read(bytes: &[u8]) -> Result<Self, FormatError> {
         let mut reader = Reader::new(bytes, "catalog");
         let (next_slot, prepared) = (reader.u32()?, reader.u64()?);
         let mut replicas = BTreeMap::new();

@@ -365,6 +365,10 @@ impl<D: Disk> Walk<'_, D> {
         for run in blocks.chunk_by(follows) {
             let Some((_, first)) = run.first() else { continue };
             let read = self.store.direct().read(first.place, run.len());
+            if read.is_err() && run.len() > 1 {
+                run.iter().for_each(|block| self.verify(std::slice::from_ref(block), scope));
+                continue;
+            }
             for (position, (index, entry)) in run.iter().enumerate() {
                 let pending = self.store.copying.get(entry.place).cloned();
                 let start = position * BLOCK_SIZE as usize;

@@ -151,8 +151,10 @@ impl<D: Disk> EpochMap<D> {
             places.insert(Arc::as_ptr(&node), PagePointer { place, checksum: 0, epoch: node.epoch });
             queue.push_back((node, identity, place));
         }
+        self.stop_if_contradicted();
         let bits = self.allocator.freeze();
         assert!(bits.is_some(), "the reserve has room for all changed bits");
+        self.contradicted |= bits.as_ref().is_some_and(|bits| bits.contradicted);
         let mut catalog = Catalog {
             next_slot: self.next_slot,
             prepared: self.allocator.prepared(),

@@ -32,6 +32,7 @@ mod numbers;
 mod open;
 mod operations;
 mod page;
+mod preparing;
 mod reading;
 mod record;
 mod replay;
@@ -61,6 +62,7 @@ use commit::Journal;
 use copying::Copying;
 use journal::BatchNumber;
 use numbers::{NumberMap, NumberSet};
+use preparing::{Below, FreeRun, Preparing};
 use reading::{ReadKey, Reading};
 use record::Slot;
 use replica::Replica;
@@ -93,10 +95,10 @@ enum Purpose {
     Sync,
     /// A part of the running checkpoint.
     Checkpoint,
-    /// Space below up to here.
-    Prepare(u64),
+    /// Space below.
+    Prepare(Preparing),
     /// These blocks can be handed out when the disk has forgotten them.
-    Discard(Vec<DiskBlock>),
+    Discard(FreeRun),
 }
 
 /// Who waits for a page.
@@ -128,6 +130,7 @@ pub struct EpochMap<D: Disk> {
     waiters: NumberMap<DiskBlock, Vec<Waiter>>,
     allocator: Allocator,
     space: Space,
+    below: Below,
     journal: Journal,
     copying: Copying,
     reading: Reading,
@@ -144,6 +147,8 @@ pub struct EpochMap<D: Disk> {
     /// Replicas whose queues may go on.
     ready: VecDeque<Slot>,
     completions: Vec<Completion>,
+    /// What is in memory was found to contradict itself.
+    contradicted: bool,
     /// Why nothing is written any more.
     poisoned: Option<String>,
     /// When something was last submitted.
@@ -214,19 +219,22 @@ impl<D: Disk> EpochMap<D> {
         self.fail_everything();
     }
 
-    /// Moves everything on that can move.
-    fn pump(&mut self) {
-        let mut done = Vec::new();
-        loop {
-            self.disk.reap(&mut done);
-            if done.is_empty() {
-                break;
-            }
-            for done in done.drain(..) {
-                self.on_done(done);
-            }
-            self.advance();
+    /// A store whose map, bits and counts say different things is not written any more: it would get worse.
+    fn stop_if_contradicted(&mut self) {
+        if self.contradicted && self.poisoned.is_none() {
+            self.poison("the map contradicts the catalog", &io::ErrorKind::InvalidData.into());
         }
+    }
+
+    /// Takes what has ended, and moves on. Whether anything had.
+    fn pump(&mut self) -> bool {
+        let mut done = Vec::new();
+        self.disk.reap(&mut done);
+        let any = !done.is_empty();
+        done.into_iter().for_each(|done| self.on_done(done));
+        self.advance();
+        self.disk.push();
+        any
     }
 
     /// One round over everything that may have become possible.
@@ -237,6 +245,7 @@ impl<D: Disk> EpochMap<D> {
                 self.advance_replica(slot);
             }
             self.advance_background();
+            self.stop_if_contradicted();
             self.advance_journal();
             self.advance_copying();
             self.advance_checkpoint();
@@ -257,12 +266,8 @@ impl<D: Disk> EpochMap<D> {
             Purpose::Copy(blocks) => self.on_copied(&blocks, result),
             Purpose::Sync => self.on_synced(result),
             Purpose::Checkpoint => self.on_checkpoint_io(result),
-            Purpose::Prepare(end) => self.on_prepared(end, result),
-            Purpose::Discard(blocks) => {
-                self.space.discarding -= blocks.len() as u64;
-                blocks.into_iter().for_each(|block| self.allocator.wake(block));
-                self.unstall();
-            }
+            Purpose::Prepare(what) => self.on_prepared(what, result),
+            Purpose::Discard(run) => self.on_discarded(run),
         }
     }
 
@@ -282,7 +287,7 @@ impl<D: Disk> EpochMap<D> {
 
     fn on_page(&mut self, missing: Missing, owners: &catalog::Owners, result: io::Result<Option<Buffer>>) {
         let place = missing.pointer.place;
-        let failure = match open::decode_page(&missing, owners, result) {
+        let failure = match open::decode_page(&missing, owners, &self.superblock.geometry, result) {
             Ok(node) => {
                 self.cache.insert(place, node);
                 None
@@ -311,7 +316,7 @@ impl<D: Disk> EpochMap<D> {
     fn wait_for(&mut self, done: impl Fn(&Self) -> bool) -> Result<(), StoreError> {
         loop {
             self.advance();
-            self.pump();
+            while self.pump() {}
             if done(self) {
                 return Ok(());
             }
@@ -365,7 +370,9 @@ impl<D: Disk> ReplicaStore for EpochMap<D> {
 
     fn reap(&mut self, completions: &mut Vec<Completion>) {
         self.advance();
-        self.pump();
+        // What is there is told at once, so that the disk and the caller work side by side.
+        while self.completions.is_empty() && self.pump() {}
+        self.disk.push();
         let alarm = self.next_time();
         self.disk.set_alarm(alarm);
         completions.append(&mut self.completions);

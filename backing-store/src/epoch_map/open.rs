@@ -16,6 +16,7 @@ use super::copying::Copying;
 use super::journal::BatchNumber;
 use super::numbers::{NumberMap, NumberSet};
 use super::page::{Node, PageIdentity, PagePointer};
+use super::preparing::Below;
 use super::reading::Reading;
 use super::replay::Unsaid;
 use super::replica::Replica;
@@ -203,12 +204,17 @@ pub fn format<D: Disk>(disk: &mut D, path: &Path, options: &FormatOptions) -> Re
 }
 
 /// Makes a page out of what was read.
-pub(super) fn decode_page(missing: &Missing, owners: &Owners, result: io::Result<Option<Buffer>>) -> Result<Arc<Node>, String> {
+pub(super) fn decode_page(
+    missing: &Missing,
+    owners: &Owners,
+    geometry: &Geometry,
+    result: io::Result<Option<Buffer>>,
+) -> Result<Arc<Node>, String> {
     let place = missing.pointer.place;
     let page = result.map_err(|error| format!("the map page in block {place} can't be read: {error}"))?;
     let page = page.ok_or_else(|| format!("the map page in block {place} can't be read"))?;
     let identity = PageIdentity { volume: owners.of(missing.pointer.epoch), level: missing.level, index: missing.index };
-    let node = Node::decode(&page, &missing.pointer, identity);
+    let node = Node::decode(&page, &missing.pointer, identity, geometry);
     node.map(Arc::new).map_err(|error| format!("the map page in block {place} is damaged: {error}"))
 }
 
@@ -223,6 +229,7 @@ impl<D: Disk> EpochMap<D> {
         if unknown != 0 {
             return Err(StoreError::UnknownFeatures { path: path.to_owned(), features: unknown });
         }
+        store.suspect_holes();
         store.write_again(&unsaid)?;
         store.superblock.incarnation += 1;
         store.write_incarnation().map_err(|source| StoreError::Io { action: "write", path: path.to_owned(), source })?;
@@ -247,6 +254,9 @@ impl<D: Disk> EpochMap<D> {
     pub(super) fn read_all(disk: D, path: &Path, options: &OpenOptions) -> Result<(Self, Unsaid), StoreError> {
         let mut store = Self::read_checkpoint(disk, path, options)?;
         let unsaid = store.replay()?;
+        if store.contradicted {
+            return Err(store.damaged("the journal contradicts the map or the catalog"));
+        }
         for replica in store.replicas.values_mut() {
             replica.acknowledged = replica.record.position;
             replica.durable = replica.record.position;
@@ -266,6 +276,10 @@ impl<D: Disk> EpochMap<D> {
         let mut allocator = Allocator::new(&superblock.geometry);
         read_bits(&mut direct, path, &mut allocator, &catalog)?;
         allocator.set_prepared(catalog.prepared);
+        if !allocator.is_prepared() {
+            let reason = "the catalog: blocks are in use where the disk is not prepared".into();
+            return Err(StoreError::Damaged { path: path.to_owned(), reason });
+        }
         let replicas = catalog.replicas.into_iter().map(|(slot, record)| (slot, Replica::new(record)));
         let mut store = Self {
             path: path.to_owned(),
@@ -281,6 +295,7 @@ impl<D: Disk> EpochMap<D> {
             waiters: NumberMap::default(),
             allocator,
             space: Space::new(superblock.geometry.data_blocks, options.overcommit),
+            below: Below::default(),
             journal: Journal::new(superblock.geometry.journal_blocks, superblock.journal, 0, superblock.journal.batch.previous()),
             copying: Copying::default(),
             reading: Reading::default(),
@@ -294,6 +309,7 @@ impl<D: Disk> EpochMap<D> {
             dirty: 0,
             ready: VecDeque::new(),
             completions: Vec::new(),
+            contradicted: false,
             poisoned: None,
             active_at: Duration::ZERO,
             idle_at: Duration::ZERO,
@@ -385,7 +401,7 @@ fn read_catalog<D: Disk>(direct: &mut Direct<'_, D>, path: &Path, superblock: &S
         let at = superblock.geometry.catalog_at(superblock.checkpoint & 1, copy);
         match read_catalog_copy(direct, at, superblock.catalog_length as usize) {
             Ok(bytes) if crc32c::crc32c(&bytes) == superblock.catalog_checksum => {
-                return Catalog::decode(&bytes).map_err(|error| damaged(format!("the catalog: {error}")));
+                return Catalog::decode(&bytes, &superblock.geometry).map_err(|error| damaged(format!("the catalog: {error}")));
             }
             Ok(_) => failure = FormatError::Checksum.to_string(),
             Err(error) => failure = error.to_string(),

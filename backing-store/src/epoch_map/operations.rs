@@ -1,6 +1,6 @@
 //! Operations as they come in: what is refused at once, what queues as a change, what is a read; and making and deleting replicas.
 
-use super::catalog::{LINEAGE_MAX, ReplicaRecord};
+use super::catalog::{LINEAGE_MAX, ReplicaRecord, SLOT_MAX};
 use super::dirty_log::DirtyLog;
 use super::page::root_level;
 use super::record::{Record, Slot};
@@ -98,6 +98,9 @@ impl<D: Disk> EpochMap<D> {
             && snapshot.size > spec.size
         {
             return Err(StoreError::Misuse { volume, reason: "a clone is smaller than its snapshot" });
+        }
+        if self.next_slot >= SLOT_MAX {
+            return Err(self.limit("replicas that were ever made", SLOT_MAX as usize));
         }
         if self.replicas.len() >= self.limits.replicas {
             return Err(self.limit("replicas", self.limits.replicas));

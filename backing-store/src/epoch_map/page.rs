@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use super::codec::{FormatError, Reader, Writer};
+use super::superblock::Geometry;
 use crate::checksum::Checksum;
 use crate::disk::DiskBlock;
 use crate::units::{BLOCK_SIZE, Epoch, VolumeId};
@@ -77,6 +78,17 @@ pub(super) enum Child {
 }
 
 impl Child {
+    /// Whether it is where pages are.
+    ///
+    /// # Errors
+    /// [`FormatError`] if not.
+    pub(super) const fn check(&self, geometry: &Geometry) -> Result<(), FormatError> {
+        match self {
+            Self::Disk(pointer) if !geometry.is_data(pointer.place) => Err(FormatError::Field("child.place")),
+            _ => Ok(()),
+        }
+    }
+
     /// The youngest epoch in it.
     pub(super) fn epoch(&self) -> Epoch {
         match self {
@@ -184,7 +196,7 @@ impl Node {
     ///
     /// # Errors
     /// [`FormatError`].
-    pub(super) fn decode(page: &[u8], pointer: &PagePointer, identity: PageIdentity) -> Result<Self, FormatError> {
+    pub(super) fn decode(page: &[u8], pointer: &PagePointer, identity: PageIdentity, geometry: &Geometry) -> Result<Self, FormatError> {
         if page_checksum(page)? != pointer.checksum {
             return Err(FormatError::Checksum);
         }
@@ -210,6 +222,9 @@ impl Node {
                 let place = DiskBlock::new(reader.u40()?);
                 reader.u8()?;
                 *entry = Entry { place, epoch: Epoch::new(reader.u32()?), checksum: reader.u32()? };
+                if entry.is_mapped() && !geometry.is_data(place) {
+                    return Err(FormatError::Field("entry.place"));
+                }
                 if entry.epoch > epoch || entry.is_mapped() && entry.epoch == Epoch::NEVER {
                     return Err(FormatError::Field("entry.epoch"));
                 }
@@ -219,6 +234,7 @@ impl Node {
             let mut children = Box::new([const { Child::Hole }; FAN_OUT]);
             for child in children.iter_mut() {
                 *child = read_child(&mut reader)?;
+                child.check(geometry)?;
                 if child.epoch() > epoch {
                     return Err(FormatError::Field("child.epoch"));
                 }

@@ -37,6 +37,8 @@ struct Found {
     incarnation: u32,
     /// The batches of which the disk doesn't say that they were on stable media: where each is, and what was copied before it.
     unsaid: VecDeque<(JournalHead, BatchNumber)>,
+    /// Batches whose payload is not what their records say.
+    hollow: Vec<BatchNumber>,
     /// Whose replicas the records speak of.
     volumes: HashMap<Slot, VolumeId>,
 }
@@ -106,7 +108,8 @@ impl<D: Disk> EpochMap<D> {
         let mut at = self.superblock.journal;
         let before = at.batch.previous();
         let volumes = self.replicas.iter().map(|(slot, replica)| (*slot, replica.record.volume)).collect();
-        let mut found = Found { end: at, synced: before, copied: before, incarnation: 0, unsaid: VecDeque::new(), volumes };
+        let mut found =
+            Found { end: at, synced: before, copied: before, incarnation: 0, unsaid: VecDeque::new(), hollow: Vec::new(), volumes };
         while let Some((batch, next)) = self.read_batch(&at)? {
             if batch.head.incarnation < found.incarnation {
                 break;
@@ -117,7 +120,7 @@ impl<D: Disk> EpochMap<D> {
                 }
             }
             if !self.has_payload(&batch, &found.volumes)? {
-                break;
+                found.hollow.push(at.batch);
             }
             found.incarnation = batch.head.incarnation;
             found.synced = found.synced.max(batch.head.synced);
@@ -174,7 +177,7 @@ impl<D: Disk> EpochMap<D> {
         if batch.head.payload_blocks == 0 {
             return Ok(true);
         }
-        let payload = self.read_journal(self.payload_at(batch), batch.head.payload_blocks)?;
+        let Ok(payload) = self.read_journal(self.payload_at(batch), batch.head.payload_blocks) else { return Ok(false) };
         let mut blocks = payload.chunks_exact(BLOCK);
         for record in &batch.records {
             let Record::Overwrite { slot, block, checksums, .. } = record else { continue };
@@ -208,15 +211,18 @@ impl<D: Disk> EpochMap<D> {
                 let head = &batch.head;
                 let is_later = head.store == self.superblock.id && head.offset == offset && head.incarnation >= found.incarnation;
                 if is_later && head.number > found.end.batch && head.synced >= found.end.batch {
-                    let number = found.end.batch.0;
-                    return Err(self.damaged(format_args!("batch {number} of the journal, which was on stable media, is not whole")));
+                    return Err(self.not_whole(found.end.batch));
                 }
             }
         }
         Ok(())
     }
 
-    /// Moves the end before the first batch whose data outside the journal is not there.
+    fn not_whole(&self, batch: BatchNumber) -> StoreError {
+        self.damaged(format_args!("batch {} of the journal, which was on stable media, is not whole", batch.0))
+    }
+
+    /// Moves the end before the first batch whose data, in the journal or outside, is not there and needed.
     ///
     /// A block that an overwrite in a later batch replaces needn't be there if that batch is before the end, too: it may have been
     /// copied over the block, or have been at it when the crash came.
@@ -242,15 +248,21 @@ impl<D: Disk> EpochMap<D> {
                 }
             }
         }
-        let mut end = absent.into_values().min().unwrap_or(found.end.batch);
-        while let Some((first, _)) = replaced.iter().find(|(first, by)| *first < end && end <= *by) {
-            end = *first;
+        let first_absent = absent.into_values().min();
+        let mut end = first_absent.unwrap_or(found.end.batch);
+        loop {
+            if let Some((at, copied)) = found.unsaid.iter().find(|(at, _)| at.batch == end) {
+                (found.end, found.copied) = (*at, *copied);
+            }
+            let replaced = replaced.iter().find(|(first, by)| *first < end && end <= *by).map(|(first, _)| *first);
+            // What was copied is not needed in the journal any more.
+            let hollow = found.hollow.iter().find(|batch| **batch > found.copied && **batch < end).copied();
+            let Some(earlier) = replaced.into_iter().chain(hollow).min() else { return Ok(()) };
+            if earlier <= found.synced {
+                return Err(self.not_whole(earlier));
+            }
+            end = earlier;
         }
-        if let Some((at, copied)) = found.unsaid.iter().find(|(at, _)| at.batch == end) {
-            found.end = *at;
-            found.copied = *copied;
-        }
-        Ok(())
     }
 
     /// Which blocks of a write to fresh places are not there.
@@ -369,7 +381,7 @@ impl<D: Disk> EpochMap<D> {
     pub(super) fn load_page(&mut self, missing: &Missing, owners: &Owners) -> Result<(), StoreError> {
         self.counters.pages_read += 1;
         let page = self.direct().read(missing.pointer.place, 1).map(Some);
-        let node = decode_page(missing, owners, page).map_err(|error| self.damaged(error))?;
+        let node = decode_page(missing, owners, &self.superblock.geometry, page).map_err(|error| self.damaged(error))?;
         self.cache.insert(missing.pointer.place, node);
         Ok(())
     }

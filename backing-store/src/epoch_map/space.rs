@@ -1,31 +1,21 @@
-//! Who may have how much: promises, the reserve, giving blocks up, and preparing space on the disk below.
+//! Who may have how much: promises, the reserve, accounting, giving blocks up.
 //!
 //! * A volume is promised its size. What it doesn't hold of that can't be taken by anybody else.
 //! * Snapshots hold more than that: their volume's writes take what is neither used nor promised, and get
 //!   [`StoreError::NoSpace`] when that is gone, while other volumes go on.
 //! * A reserve is left for map pages, so that checkpoints, deletions and discards work on a full store.
 
-use std::io;
-use std::time::Duration;
-
+use super::EpochMap;
 use super::catalog::{DeadTree, ReplicaRecord};
 use super::page::{Entry, PagePointer};
 use super::record::Slot;
-use super::superblock::CHUNK_BLOCKS;
 use super::tree::{Displaced, Tree};
-use super::{EpochMap, Purpose};
-use crate::buffer::Buffer;
-use crate::disk::{Disk, DiskBlock, DiskWork};
+use super::write::IN_PLACE_MAX;
+use crate::disk::{Disk, DiskBlock};
 use crate::store::{BLOCKS_MAX, StoreError, StoreUsage};
 use crate::units::{BLOCK_SIZE, ByteLength, Epoch, VolumeSize};
 
-/// Space is prepared when less than this is ready, and so much at once: 64 MiB.
-const PREPARE: u64 = (64 << 20) / BLOCK_SIZE as u64;
-/// After the file system had no space, so long nothing is prepared.
-const PREPARE_PAUSE: Duration = Duration::from_secs(1);
-/// Runs shorter than 1 MiB are not worth telling the disk.
-const DISCARD_MIN: usize = 256;
-/// Map pages that may change between two checkpoints: 32 MiB of them, or a 64th of a small store.
+/// Map pages that may change between two checkpoints: 32 MiB of them, or a 256th of a small store.
 const DIRTY_MAX: u64 = 8192;
 const DIRTY_MIN: u64 = 64;
 /// Room for overwrites on their way: 32 MiB, less on a small store, but where it is not tiny two of the largest writes.
@@ -47,13 +37,6 @@ pub(super) struct Space {
     dirty_max: u64,
     /// Blocks for overwrites that go to fresh places: those that they replace come back with a checkpoint only.
     transit: u64,
-    preparing: bool,
-    /// Blocks that the disk is forgetting.
-    pub(super) discarding: u64,
-    /// When the file system had no space for more.
-    refused_at: Option<Duration>,
-    /// That was logged.
-    told: bool,
 }
 
 /// Why there is no room for something.
@@ -82,9 +65,9 @@ impl ReplicaRecord {
 
 impl Space {
     pub(super) fn new(data_blocks: u64, overcommit: bool) -> Self {
-        let dirty_max = (data_blocks / 64).clamp(DIRTY_MIN, DIRTY_MAX);
-        let transit = (data_blocks / 64).max((data_blocks / 8).min(TRANSIT_MIN)).min(TRANSIT_MAX);
-        Self { overcommit, promised: 0, pages: 0, dirty_max, transit, preparing: false, discarding: 0, refused_at: None, told: false }
+        let dirty_max = (data_blocks / 256).clamp(DIRTY_MIN, DIRTY_MAX);
+        let transit = (data_blocks / 256).max((data_blocks / 8).min(TRANSIT_MIN)).min(TRANSIT_MAX);
+        Self { overcommit, promised: 0, pages: 0, dirty_max, transit }
     }
 
     /// A replica's promise was `before` and is now what its record says.
@@ -100,6 +83,13 @@ impl Space {
     }
 }
 
+/// Takes one away. Whether there was one: if not, the map says something else than the catalog.
+pub(super) const fn decrease(count: &mut u64) -> bool {
+    let found = *count > 0;
+    *count = count.saturating_sub(1);
+    found
+}
+
 impl<D: Disk> EpochMap<D> {
     /// Blocks that only pages may take.
     pub(super) fn reserve(&self) -> u64 {
@@ -108,8 +98,7 @@ impl<D: Disk> EpochMap<D> {
 
     /// Blocks that come back without anybody giving up more.
     fn coming(&self) -> u64 {
-        let preparable = if self.space.refused_at.is_none() { self.allocator.unprepared() } else { 0 };
-        self.allocator.resting() + self.space.discarding + preparable
+        self.allocator.resting() + self.below.discarding() + self.preparable()
     }
 
     /// Whether a replica's write may take so many fresh blocks, which give back `returning` others.
@@ -120,11 +109,14 @@ impl<D: Disk> EpochMap<D> {
         let promise = own.map_or(0, |replica| replica.record.promise());
         // What is promised to others, and what overwrites need on their way, is not for growth beyond the promise.
         let beyond = fresh.saturating_sub(returning).saturating_sub(promise);
-        let is_kept = beyond == 0 || self.space.promised + beyond + self.space.transit <= later;
+        // Two water marks: small writes find room for longer than large ones.
+        let transit = if fresh <= IN_PLACE_MAX { self.space.transit / 2 } else { self.space.transit };
+        let is_kept = beyond == 0 || self.space.promised + beyond + transit <= later;
         if is_kept && fresh <= ready {
             return Ok(());
         }
-        let passes = is_kept && fresh <= later || self.background.is_busy() || self.space.preparing;
+        // After a running checkpoint, some of it may not need fresh blocks any more.
+        let passes = is_kept && fresh <= later || self.background.is_busy() || self.below.is_preparing() || self.checkpoint.is_some();
         Err(if passes { Shortage::Passing } else { Shortage::Lasting })
     }
 
@@ -134,7 +126,7 @@ impl<D: Disk> EpochMap<D> {
         if pages <= self.allocator.ready() {
             return Ok(());
         }
-        let passes = self.coming() > 0 || self.space.preparing || self.checkpoint.is_some();
+        let passes = self.coming() > 0 || self.below.is_preparing() || self.checkpoint.is_some();
         Err(if passes { Shortage::Passing } else { Shortage::Lasting })
     }
 
@@ -173,12 +165,12 @@ impl<D: Disk> EpochMap<D> {
             }
         }
         let below = self.disk.preparable().map_err(|source| self.io_error("measure", source))?;
-        let unprepared = below.map_or(self.allocator.unprepared(), |bytes| self.allocator.unprepared().min(bytes / u64::from(BLOCK_SIZE)));
-        let free = self.allocator.ready() + unprepared;
+        let below = below.map_or(u64::MAX, |bytes| bytes / u64::from(BLOCK_SIZE));
+        let free = self.allocator.ready() + (self.allocator.unprepared() + self.below.in_holes()).min(below);
         let bad = self.bad.len() as u64;
         let fixed = geometry.blocks - geometry.data_blocks;
         let pages = self.space.pages + self.allocator.own();
-        let reclaimable = self.allocator.resting() + leaving;
+        let reclaimable = self.allocator.resting() + self.below.discarding() + leaving;
         let snapshots = allocated.saturating_sub(live);
         let reserved = (self.space.promised + self.space.promised / BLOCKS_PER_PAGE + self.space.transit + self.reserve()).min(free);
         Ok(StoreUsage {
@@ -200,7 +192,7 @@ impl<D: Disk> EpochMap<D> {
         if let Some(replica) = self.replicas.get_mut(&slot)
             && entry.epoch > floor.foreign
         {
-            replica.record.live -= 1;
+            self.contradicted |= !decrease(&mut replica.record.live);
         }
         if entry.epoch > floor.needed {
             self.give_up_block(slot, entry.place);
@@ -211,7 +203,7 @@ impl<D: Disk> EpochMap<D> {
     pub(super) fn give_up_block(&mut self, slot: Slot, place: DiskBlock) {
         if let Some(replica) = self.replicas.get_mut(&slot) {
             let before = replica.record.promise();
-            replica.record.allocated -= 1;
+            self.contradicted |= !decrease(&mut replica.record.allocated);
             self.space.promise(Some(before), Some(&replica.record));
         }
         let until = self.checkpoint.as_ref().map(|checkpoint| checkpoint.until());
@@ -221,15 +213,14 @@ impl<D: Disk> EpochMap<D> {
         if self.suspect.remove(&place) && self.bad.len() < self.limits.bad {
             self.bad.insert(place);
         } else {
-            self.allocator.give_up(place);
+            self.contradicted |= !self.allocator.give_up(place);
         }
     }
 
     /// Nothing needs this page any more.
     pub(super) fn give_up_page(&mut self, pointer: &PagePointer) {
         self.cache.remove(pointer.place);
-        self.space.pages -= 1;
-        self.allocator.give_up(pointer.place);
+        self.contradicted |= !decrease(&mut self.space.pages) | !self.allocator.give_up(pointer.place);
     }
 
     /// What leaves the tree of the volume as it is now by a change to zeros.
@@ -272,68 +263,6 @@ impl<D: Disk> EpochMap<D> {
         DeadTree { root, level, base, next: Tree::new(level), floor, floor_before, split, slot, counts_as_live, done_before: base }
     }
 
-    // Preparing, discarding.
-
-    pub(super) fn advance_space(&mut self) {
-        let scarce = self.allocator.ready() < PREPARE + self.reserve() && self.allocator.unprepared() > 0;
-        if self.poisoned.is_some() || self.space.preparing || !scarce || self.space.refused_at.is_some() {
-            return;
-        }
-        let start = self.allocator.prepared();
-        let below = self.disk.preparable().ok().flatten().map_or(u64::MAX, |bytes| bytes / u64::from(BLOCK_SIZE));
-        let count = PREPARE.max(self.reserve()).min(self.allocator.unprepared()).min(below / CHUNK_BLOCKS * CHUNK_BLOCKS);
-        if count == 0 {
-            return self.refuse_space(&io::ErrorKind::StorageFull.into());
-        }
-        self.space.preparing = true;
-        let at = self.superblock.geometry.data_start().plus(start);
-        self.start(Purpose::Prepare(start + count), DiskWork::Prepare { at, count });
-    }
-
-    pub(super) fn on_prepared(&mut self, end: u64, result: io::Result<Option<Buffer>>) {
-        self.space.preparing = false;
-        match result {
-            Ok(_) => {
-                self.space.told = false;
-                self.allocator.set_prepared(end.max(self.allocator.prepared()));
-            }
-            Err(error) => self.refuse_space(&error),
-        }
-        self.unstall();
-    }
-
-    fn refuse_space(&mut self, error: &io::Error) {
-        if !std::mem::replace(&mut self.space.told, true) {
-            tracing::warn!(store = %self.superblock.id, %error, "no space below for more of the store");
-        }
-        self.space.refused_at = Some(self.disk.now());
-    }
-
-    /// The file system may have space again.
-    pub(super) fn retry_preparing(&mut self) {
-        let now = self.disk.now();
-        if self.space.refused_at.is_some_and(|at| now.saturating_sub(at) >= PREPARE_PAUSE) {
-            self.space.refused_at = None;
-        }
-    }
-
-    /// These blocks are not needed by any checkpoint.
-    pub(super) fn reuse(&mut self, mut blocks: Vec<DiskBlock>) {
-        if !self.disk.wants_discards() {
-            return blocks.into_iter().for_each(|block| self.allocator.wake(block));
-        }
-        blocks.sort_unstable();
-        for run in blocks.chunk_by(|a, b| a.plus(1) == *b) {
-            match run.first() {
-                Some(at) if run.len() >= DISCARD_MIN => {
-                    self.space.discarding += run.len() as u64;
-                    self.start(Purpose::Discard(run.to_vec()), DiskWork::Discard { at: *at, count: run.len() as u64 });
-                }
-                _ => run.iter().for_each(|block| self.allocator.wake(*block)),
-            }
-        }
-    }
-
     /// What waited for space, a checkpoint or copies looks again.
     pub(super) fn unstall(&mut self) {
         for (slot, replica) in &mut self.replicas {
@@ -345,6 +274,7 @@ impl<D: Disk> EpochMap<D> {
 
     /// Counts what the catalog and a replay have left.
     pub(super) fn count_space(&mut self) {
+        self.look_below();
         let promised = self.replicas.values().map(|replica| replica.record.promise()).sum();
         self.space.promised = if self.space.overcommit { 0 } else { promised };
         let data: u64 = self.replicas.values().map(|replica| replica.record.allocated).sum();

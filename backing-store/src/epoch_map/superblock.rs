@@ -27,6 +27,8 @@ const JOURNAL_MIN: u64 = (2 << 20) / BLOCK_SIZE as u64;
 const JOURNAL_MAX: u64 = (256 << 20) / BLOCK_SIZE as u64;
 const CATALOG_MIN: u64 = (256 << 10) / BLOCK_SIZE as u64;
 const CATALOG_MAX: u64 = (4 << 20) / BLOCK_SIZE as u64;
+/// Checkpoints and batches that a store can have had: thousands of years' worth.
+const COUNT_MAX: u64 = 1 << 62;
 /// Data begins at, and ends with, a whole one of these.
 pub const CHUNK_BLOCKS: u64 = 256;
 
@@ -183,11 +185,17 @@ impl Superblock {
             Geometry { blocks: reader.u64()?, catalog_blocks: reader.u64()?, journal_blocks: reader.u64()?, data_blocks: reader.u64()? };
         geometry.check()?;
         let checkpoint = reader.u64()?;
+        if checkpoint > COUNT_MAX {
+            return Err(FormatError::Field("checkpoint").into());
+        }
         let (catalog_length, catalog_checksum, incarnation, chain) = (reader.u32()?, reader.u32()?, reader.u32()?, reader.u32()?);
         if u64::from(catalog_length) > geometry.catalog_blocks * u64::from(BLOCK_SIZE) {
             return Err(FormatError::Field("catalog_length").into());
         }
         let journal = JournalHead { batch: BatchNumber(reader.u64()?), offset: reader.u64()?, chain };
+        if incarnation >= u32::MAX - 1 || journal.batch.0 == 0 || journal.batch.0 > COUNT_MAX {
+            return Err(FormatError::Field("incarnation or batch").into());
+        }
         if journal.offset >= geometry.journal_blocks {
             return Err(FormatError::Field("journal_offset").into());
         }

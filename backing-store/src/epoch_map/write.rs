@@ -16,7 +16,7 @@ use crate::units::{BLOCK_SIZE, BlockIndex, Epoch, Extent, Seq, VolumeSize};
 
 /// Writes of up to so many blocks (32 KiB) are overwritten in place, through the journal, so that volumes stay laid out as they
 /// are. Larger ones go to fresh places: that is one write instead of two, and long enough to be read back at speed.
-const IN_PLACE_MAX: u64 = 8;
+pub(super) const IN_PLACE_MAX: u64 = 8;
 
 /// What a change does with the first of the queue.
 pub(super) enum Verdict {

@@ -100,7 +100,6 @@ fn damaged_data_is_never_taken_for_right_and_a_write_heals_it() {
 }
 
 #[test]
-#[ignore = "for a check, one block that can't be read condemns all that were read with it"]
 fn unreadable_data_is_found_and_a_write_heals_it() {
     damaged_data_is_found(&["error"]);
 }

@@ -276,7 +276,6 @@ fn a_full_file_system_stops_new_blocks_only_until_it_has_space_again() {
 }
 
 #[test]
-#[ignore = "a hole that was punched counts as prepared"]
 fn what_was_given_back_to_a_full_file_system_is_asked_for_again() {
     full_file_system(true);
 }
@@ -331,7 +330,6 @@ fn full_file_system(discards: bool) {
 
 /// What the file system has left is used to its end: not only pieces of 64 MiB.
 #[test]
-#[ignore = "the last pieces are prepared, or nothing"]
 fn the_last_of_the_file_systems_space_is_used() {
     let disk = thin(400 * MIB, 30 * MIB, 1, false);
     let mut rig = Rig::open(disk, Picture::default(), &OVERCOMMIT).unwrap();

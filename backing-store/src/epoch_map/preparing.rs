@@ -1,0 +1,223 @@
+//! Space of the disk below: asking for it before it is used, and giving it back.
+//!
+//! A store in a file takes no more of its file system than it needs. Blocks are handed out only where the file system has kept
+//! space for them, so no write of data can meet a full one: a hole that was punched is prepared again before it is used.
+
+use std::collections::VecDeque;
+use std::io;
+use std::time::Duration;
+
+use super::{EpochMap, Purpose};
+use crate::buffer::Buffer;
+use crate::disk::{Disk, DiskBlock, DiskWork};
+use crate::units::BLOCK_SIZE;
+
+use super::superblock::CHUNK_BLOCKS;
+
+/// Space is prepared when less than this is ready, and so much at once: 64 MiB.
+const PREPARE: u64 = (64 << 20) / BLOCK_SIZE as u64;
+/// After the file system had no space, so long nothing is prepared.
+const PREPARE_PAUSE: Duration = Duration::from_secs(1);
+/// Runs shorter than 1 MiB are not worth telling the disk.
+const DISCARD_MIN: u64 = 256;
+
+/// Free blocks side by side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FreeRun {
+    at: DiskBlock,
+    count: u64,
+}
+
+/// What is being prepared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Preparing {
+    /// The data area up to this block of it.
+    Ahead(u64),
+    /// A hole.
+    Again(FreeRun),
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Below {
+    preparing: bool,
+    /// Blocks, in whole chunks, that could be prepared when last looked for.
+    available: u64,
+    /// Blocks that the disk is forgetting.
+    discarding: u64,
+    /// Free blocks that may be holes.
+    holes: VecDeque<FreeRun>,
+    in_holes: u64,
+    /// How many of them were tried since one had space.
+    in_vain: usize,
+    /// When the file system had no space for more.
+    refused_at: Option<Duration>,
+    /// That was logged.
+    told: bool,
+}
+
+impl Below {
+    pub(super) const fn is_preparing(&self) -> bool {
+        self.preparing
+    }
+
+    /// Free blocks that the disk is forgetting.
+    pub(super) const fn discarding(&self) -> u64 {
+        self.discarding
+    }
+
+    /// Free blocks that may be holes.
+    pub(super) const fn in_holes(&self) -> u64 {
+        self.in_holes
+    }
+
+    fn add_hole(&mut self, run: FreeRun) {
+        self.in_holes += run.count;
+        self.holes.push_front(run);
+    }
+
+    /// There was no space for it, or for all of it. Whether it is worth trying the next.
+    fn put_back(&mut self, run: FreeRun) -> bool {
+        self.in_holes += run.count;
+        let half = run.count / 2;
+        if half >= DISCARD_MIN {
+            self.holes.push_back(FreeRun { at: run.at, count: half });
+            self.holes.push_back(FreeRun { at: run.at.plus(half), count: run.count - half });
+        } else {
+            self.holes.push_back(run);
+            self.in_vain += 1;
+        }
+        self.in_vain < self.holes.len()
+    }
+
+    /// A hole, or so much of one.
+    fn take_hole(&mut self, most: u64) -> Option<FreeRun> {
+        let FreeRun { at, count } = self.holes.pop_front()?;
+        let taken = count.min(most);
+        if taken < count {
+            self.holes.push_front(FreeRun { at: at.plus(taken), count: count - taken });
+        }
+        self.in_holes -= taken;
+        Some(FreeRun { at, count: taken })
+    }
+}
+
+impl<D: Disk> EpochMap<D> {
+    /// Blocks that can be handed out as soon as they are prepared.
+    pub(super) fn preparable(&self) -> u64 {
+        let ahead = self.allocator.unprepared().min(self.below.available);
+        // What may be a hole often is none, and then takes no space.
+        if self.below.refused_at.is_none() { ahead + self.below.in_holes } else { 0 }
+    }
+
+    pub(super) fn advance_space(&mut self) {
+        let scarce = self.allocator.ready() < PREPARE + self.reserve() && self.allocator.unprepared() + self.below.in_holes > 0;
+        if self.poisoned.is_some() || self.below.preparing || !scarce || self.below.refused_at.is_some() {
+            return;
+        }
+        let most = PREPARE.max(self.reserve());
+        // Holes first: that keeps the file short.
+        let (what, at, count) = if let Some(run) = self.below.take_hole(most) {
+            (Preparing::Again(run), run.at, run.count)
+        } else {
+            self.look_below();
+            let start = self.allocator.prepared();
+            let count = most.min(self.below.available).min(self.allocator.unprepared());
+            if count == 0 {
+                return self.refuse_space(&io::ErrorKind::StorageFull.into());
+            }
+            (Preparing::Ahead(start + count), self.superblock.geometry.data_start().plus(start), count)
+        };
+        self.below.preparing = true;
+        self.start(Purpose::Prepare(what), DiskWork::Prepare { at, count });
+    }
+
+    pub(super) fn on_prepared(&mut self, what: Preparing, result: io::Result<Option<Buffer>>) {
+        self.below.preparing = false;
+        match (result, what) {
+            (Ok(_), Preparing::Ahead(end)) => self.allocator.set_prepared(end.max(self.allocator.prepared())),
+            (Ok(_), Preparing::Again(run)) => self.wake(run),
+            (Err(error), Preparing::Again(run)) => {
+                if !self.below.put_back(run) {
+                    self.refuse_space(&error);
+                }
+                return self.unstall();
+            }
+            (Err(error), Preparing::Ahead(_)) => {
+                self.refuse_space(&error);
+                return self.unstall();
+            }
+        }
+        self.below.told = false;
+        self.below.in_vain = 0;
+        self.look_below();
+        self.unstall();
+    }
+
+    pub(super) fn look_below(&mut self) {
+        let below = self.disk.preparable().ok().flatten().map_or(u64::MAX, |bytes| bytes / u64::from(BLOCK_SIZE));
+        self.below.available = below / CHUNK_BLOCKS * CHUNK_BLOCKS;
+    }
+
+    fn refuse_space(&mut self, error: &io::Error) {
+        if !std::mem::replace(&mut self.below.told, true) {
+            tracing::warn!(store = %self.superblock.id, %error, "no space below for more of the store");
+        }
+        self.below.refused_at = Some(self.disk.now());
+    }
+
+    /// The file system may have space again.
+    pub(super) fn retry_preparing(&mut self) {
+        let now = self.disk.now();
+        if self.below.refused_at.is_some_and(|at| now.saturating_sub(at) >= PREPARE_PAUSE) {
+            self.below.refused_at = None;
+            self.below.in_vain = 0;
+            self.look_below();
+        }
+    }
+
+    /// After a start nobody knows where holes are. They were free runs of some length, and no shorter one is a part of one.
+    pub(super) fn suspect_holes(&mut self) {
+        if !self.is_thin() {
+            return;
+        }
+        for (at, count) in self.allocator.hold_free_runs(DISCARD_MIN) {
+            self.below.add_hole(FreeRun { at, count });
+        }
+    }
+
+    fn is_thin(&self) -> bool {
+        self.disk.preparable().is_ok_and(|below| below.is_some())
+    }
+
+    /// These blocks are not needed by any checkpoint.
+    pub(super) fn reuse(&mut self, mut blocks: Vec<DiskBlock>) {
+        if !self.disk.wants_discards() {
+            return blocks.into_iter().for_each(|block| self.allocator.wake(block));
+        }
+        blocks.sort_unstable();
+        for blocks in blocks.chunk_by(|a, b| a.plus(1) == *b) {
+            let Some(at) = blocks.first().copied() else { continue };
+            let run = FreeRun { at, count: blocks.len() as u64 };
+            if run.count >= DISCARD_MIN {
+                self.below.discarding += run.count;
+                self.start(Purpose::Discard(run), DiskWork::Discard { at, count: run.count });
+            } else {
+                self.wake(run);
+            }
+        }
+    }
+
+    pub(super) fn on_discarded(&mut self, run: FreeRun) {
+        self.below.discarding -= run.count;
+        if self.is_thin() {
+            self.below.add_hole(run);
+        } else {
+            self.wake(run);
+        }
+        self.unstall();
+    }
+
+    fn wake(&mut self, run: FreeRun) {
+        (0..run.count).for_each(|step| self.allocator.wake(run.at.plus(step)));
+    }
+}
