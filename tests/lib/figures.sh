@@ -7,12 +7,12 @@ record() {
   printf '  round %d: %-34s %-12s %9.0f\n' "$1" "$2" "$3" "$4" >&2
 }
 
-# fio_iops FILE RW BLOCK_SIZE DEPTH SECONDS: requests per second of direct I/O.
+# fio_iops FILE RW BLOCK_SIZE DEPTH SECONDS [OPTION...]: requests per second of direct I/O.
 fio_iops() {
   local said status=0
   said=$(mktemp)
   fio --name=bench --filename="$1" --rw="$2" --bs="$3" --iodepth="$4" --runtime="$5" --time_based \
-    --ioengine=libaio --direct=1 --randrepeat=0 --output-format=json --output="$said" >&2 || status=1
+    --ioengine=libaio --direct=1 --randrepeat=0 --output-format=json --output="$said" "${@:6}" >&2 || status=1
   ((status)) || jq -e '.jobs[0] | if .error == 0 then .read.iops + .write.iops else error("I/O error \(.error)") end' "$said" || status=1
   rm -f "$said"
   return "$status"

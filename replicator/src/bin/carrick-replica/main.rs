@@ -1,5 +1,6 @@
 //! `carrick-replica`: serves the replicas of one store. One process per disk, so that a disk that hangs hangs nothing else.
 
+mod bench;
 mod check;
 mod inspect;
 mod serve;
@@ -32,6 +33,8 @@ enum Command {
     Serve(ServeArguments),
     /// Look for damage in a store that nobody serves. Reads only. Exit code 0: it is clean; 1: it isn't; 2: it can't be checked.
     Check(CheckArguments),
+    /// Measure a store that nobody serves, without network and device around it, and print the result as JSON.
+    Bench(BenchArguments),
     /// Print a store's structures as text, for those who look for what went wrong. Reads only.
     Dump {
         /// The store's folder or block device.
@@ -85,6 +88,24 @@ struct ServeArguments {
 }
 
 #[derive(Debug, clap::Args)]
+struct BenchArguments {
+    /// The store's folder or block device.
+    store: PathBuf,
+    /// What is done, on a volume of its own in the store.
+    #[arg(long)]
+    load: bench::Load,
+    /// Size of the volume that the load fill makes.
+    #[arg(long, value_name = "BYTES", default_value = "1G", value_parser = size)]
+    size: ByteLength,
+    /// For how long.
+    #[arg(long, default_value = "5")]
+    seconds: u64,
+    /// How many snapshots the load snapshots makes.
+    #[arg(long, default_value = "250")]
+    snapshots: u16,
+}
+
+#[derive(Debug, clap::Args)]
 struct CheckArguments {
     /// The store's folder or block device.
     store: PathBuf,
@@ -110,6 +131,7 @@ fn main() -> ExitCode {
         Command::Show { store } => inspect::show(&store),
         Command::Serve(arguments) => serve::serve(&arguments),
         Command::Check(arguments) => return check::check(&arguments),
+        Command::Bench(arguments) => bench::bench(&arguments),
         Command::Dump { store } => inspect::dump(&store),
     };
     match ended {
