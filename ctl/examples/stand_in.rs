@@ -32,7 +32,7 @@ use carrick_replicator::control::{
 use carrick_replicator::endpoint::Endpoint;
 use rustix::fs::FlockOperation;
 
-/// Room in a store.
+/// Room in a store unless it is formatted with another size.
 const CAPACITY: u64 = 100 << 30;
 /// Nothing of a test is left behind for longer, whatever happens to it.
 const LIFE_MAX: Duration = Duration::from_secs(120);
@@ -45,7 +45,8 @@ fn main() {
     let arguments: Vec<_> = arguments.collect();
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     let result = match arguments.as_slice() {
-        ["format", path] => format(Path::new(path)),
+        ["format", path] => format(Path::new(path), CAPACITY),
+        ["format", path, "--size", size] => format(Path::new(path), size.parse().unwrap_or_default()),
         ["show", path] => show(Path::new(path)),
         ["serve", path, "--run-dir", run, ..] => serve(Path::new(path), &RunDirectory::new(*run)),
         ["run", "--config", config, "--run-dir", run] => target(Path::new(config), &RunDirectory::new(*run)),
@@ -83,12 +84,13 @@ fn bind(path: &Path) -> Result<UnixListener> {
     UnixListener::bind(path).map_err(text)
 }
 
-fn format(path: &Path) -> Result<()> {
+fn format(path: &Path, capacity: u64) -> Result<()> {
     if fs::read_dir(path).map_err(text)?.next().is_some() {
         return Err(format!("{} is not empty", path.display()));
     }
     let store = StoreId::random();
     fs::write(path.join("store.json"), serde_json::to_vec(&store).map_err(text)?).map_err(text)?;
+    fs::write(path.join("capacity"), capacity.to_string()).map_err(text)?;
     println!("{{\"store\":\"{store}\"}}");
     Ok(())
 }
@@ -138,6 +140,7 @@ fn serve(path: &Path, run: &RunDirectory) -> Result<()> {
 
 fn replica_answer(path: &Path, run: &RunDirectory, store: StoreId, request: &ReplicaRequest) -> Result<ReplicaAnswer> {
     let there = replicas(path);
+    let capacity: u64 = fs::read_to_string(path.join("capacity")).map_err(text)?.parse().map_err(text)?;
     let reserved: u64 = there.iter().map(|spec| spec.size.bytes().get()).sum();
     match request {
         ReplicaRequest::Status => {
@@ -149,8 +152,8 @@ fn replica_answer(path: &Path, run: &RunDirectory, store: StoreId, request: &Rep
                 path: path.into(),
                 endpoints: vec![Endpoint::Unix(run.replica_socket(store))],
                 usage: StoreUsage {
-                    capacity: ByteLength::new(CAPACITY),
-                    free: ByteLength::new(CAPACITY - reserved),
+                    capacity: ByteLength::new(capacity),
+                    free: ByteLength::new(capacity),
                     reserved: ByteLength::new(reserved),
                     ..StoreUsage::default()
                 },
@@ -167,8 +170,8 @@ fn replica_answer(path: &Path, run: &RunDirectory, store: StoreId, request: &Rep
             if path.join("broken").exists() {
                 return refused(ControlErrorCode::Failed, "the disk failed".into());
             }
-            if spec.size.bytes().get() > CAPACITY - reserved {
-                let (needed, free) = (spec.size.bytes(), CAPACITY - reserved);
+            if spec.size.bytes().get() > capacity - reserved {
+                let (needed, free) = (spec.size.bytes(), capacity - reserved);
                 let message = format!("no room in store {}: {needed} bytes are needed, {free} are free", path.display());
                 return refused(ControlErrorCode::NoSpace, message);
             }

@@ -120,6 +120,42 @@ fn stores_are_added_once_and_only_if_they_are_empty_or_ours() {
 }
 
 #[test]
+fn a_store_shows_its_room_and_a_poisoned_one_is_a_problem_that_nobody_overlooks() {
+    let node = Node::new(3);
+    node.carrick(&["volume", "create", "vm1", "--size", "10G"]).ok();
+    let path = node.store_path(1);
+    let path = path.to_str().unwrap();
+    let store = node.carrick(&["store", "show", path]).ok();
+    assert_eq!((store["usage"]["free_bytes"].as_u64(), store["usage"]["reserved_bytes"].as_u64()), (Some(100 << 30), Some(10 << 30)));
+    assert_eq!((&store["poisoned"], &store["problem"]), (&serde_json::Value::Null, &serde_json::Value::Null));
+    assert_eq!(node.carrick(&["store", "show", &store["id"].as_str().unwrap()[..8]]).ok(), store);
+    node.carrick(&["store", "show", "/nonexistent"]).fails(3, "STORE_NOT_FOUND");
+
+    fs::write(node.store_path(1).join("poisoned"), "a sync failed: Input/output error").unwrap();
+    let store = node.carrick(&["store", "show", path]).ok();
+    assert_eq!(store["poisoned"], "a sync failed: Input/output error");
+    let problems = node.carrick(&["status"]).ok()["problems"].to_string();
+    for words in ["/store1: it takes no more operations: a sync failed", "volume vm1: the replica in", "is refusing"] {
+        assert!(problems.contains(words), "{words:?}: {problems}");
+    }
+    // It gets no new replicas.
+    let message = node.carrick(&["volume", "create", "vm2", "--size", "1G"]).fails(5, "TOO_FEW_STORES");
+    assert!(message.contains("there are 2, and 1 that can't be used"), "{message}");
+}
+
+#[test]
+fn a_store_gets_the_size_that_was_asked_for_when_it_is_formatted() {
+    let node = Node::new(0);
+    let path = node.store_path(0);
+    fs::create_dir_all(&path).unwrap();
+    let add = ["store", "add", path.to_str().unwrap(), "--size", "20G"];
+    let store = node.carrick(&add).ok();
+    assert_eq!(store["usage"]["capacity_bytes"], 20_u64 << 30);
+    assert_eq!(node.carrick(&add).ok()["id"], store["id"]);
+    node.carrick(&["store", "add", path.to_str().unwrap(), "--size", "20X"]).fails(2, "USAGE");
+}
+
+#[test]
 fn a_dead_process_is_replaced_at_once_while_the_volume_stays_attached() {
     let node = Node::new(3);
     node.carrick(&["volume", "create", "vm1", "--size", "1G"]).ok();

@@ -54,7 +54,7 @@ impl Arguments {
 /// What can be done.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Stores: folders that hold replicas, one per disk
+    /// Stores: folders or block devices that hold replicas, one per disk
     #[command(subcommand)]
     Store(StoreCommand),
     /// Volumes
@@ -75,10 +75,13 @@ pub enum Command {
 /// What can be done with stores.
 #[derive(Debug, Subcommand)]
 pub enum StoreCommand {
-    /// Use a folder as a store: an empty one is formatted, a Carrick store is taken over
+    /// Use a folder or a block device as a store: an empty one is formatted, a Carrick store is taken over
     Add {
-        /// The folder
+        /// The folder, or the device; of a device give a name that stays, such as one in /dev/disk/by-id
         path: PathBuf,
+        /// If it is formatted: how large the store becomes [default: as large as the file system or the device]
+        #[arg(long, value_parser = size)]
+        size: Option<u64>,
         /// Let other nodes reach it at this address
         #[arg(long, value_name = "IP:PORT")]
         listen: Option<String>,
@@ -88,6 +91,11 @@ pub enum StoreCommand {
     },
     /// List the stores
     List,
+    /// Show how full a store is, and whether it is sound
+    Show {
+        /// Its id, the beginning of that, or its path
+        store: String,
+    },
     /// Stop using a store that has no replicas; its files stay
     Remove {
         /// Its id, the beginning of that, or its path

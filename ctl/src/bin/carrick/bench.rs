@@ -39,7 +39,7 @@ const REPLICA_TIMEOUT: Duration = Duration::from_millis(1500);
 const BACKLOG_BYTES: u64 = 64 << 20;
 /// Unused buffers that are kept.
 const POOL_BYTES: usize = 16 << 20;
-/// For a replica to answer after its start, and to make its file: preallocating can take a while.
+/// For a replica to answer after its start.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// Between two looks at a replica that starts.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
@@ -486,7 +486,7 @@ pub fn words(outcome: &Outcome) -> String {
         let _ = write!(
             text,
             "\nfinal flush: {:.2} s; {:.1} MiB/s written including it\n\
-             A write is acknowledged when a majority has it in its page cache; the flush waits for the disk.\n",
+             A write is acknowledged when a majority has written it to its disk; the flush empties the disks' caches.\n",
             outcome.final_flush_seconds, outcome.write_mib_per_second_with_final_flush
         );
     }

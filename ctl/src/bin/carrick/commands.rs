@@ -56,19 +56,24 @@ pub async fn run(arguments: Arguments) -> Result<(), Problem> {
 async fn store(client: &Client, output: &Output, command: StoreCommand) -> Result<(), Problem> {
     let mut stores = client.stores();
     match command {
-        StoreCommand::Add { path, listen, insecure } => {
+        StoreCommand::Add { path, size, listen, insecure } => {
             // The daemon has another working directory.
             let path = std::path::absolute(path).map_err(Problem::local)?;
             let Some(path) = path.to_str().map(str::to_owned) else {
                 return Err(carrick_ctl::fault::Fault::invalid("path", "a store's path must be UTF-8").into());
             };
-            let answer = stores.add_store(change(v1::AddStoreRequest { path, listen, insecure })).await?.into_inner();
+            let request = v1::AddStoreRequest { path, listen, insecure, size_bytes: size };
+            let answer = stores.add_store(change(request)).await?.into_inner();
             let store = answer.store.unwrap_or_default();
             output.show(&store, |store| format!("{}\n", store.id))
         }
         StoreCommand::List => {
             let answer = stores.list_stores(question(v1::ListStoresRequest {})).await?.into_inner();
             output.show(&answer.stores, |stores| words::stores(stores))
+        }
+        StoreCommand::Show { store } => {
+            let answer = stores.get_store(question(v1::GetStoreRequest { store })).await?.into_inner();
+            output.show(&answer.store.unwrap_or_default(), words::store)
         }
         StoreCommand::Remove { store } => {
             let answer = stores.remove_store(change(v1::RemoveStoreRequest { store })).await?.into_inner();

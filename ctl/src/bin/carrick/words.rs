@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1::{
-    Attachment, AttachmentState, GetStatusResponse, Process, ProcessKind, ProcessState, Replica, ReplicaState, Store, TargetPhase, Volume,
-    VolumeState,
+    Attachment, AttachmentState, GetStatusResponse, Process, ProcessKind, ProcessState, Replica, ReplicaState, Scrub, Store, StoreUsage,
+    TargetPhase, Volume, VolumeState,
 };
 
 use crate::table::Table;
@@ -20,19 +20,78 @@ pub fn stores(stores: &[Store]) -> String {
     if stores.is_empty() {
         return "no stores; add one with carrick store add PATH\n".into();
     }
-    let mut table = Table::new(["STORE", "PATH", "STATE", "FREE", "SIZE", "VOLUMES", "PROBLEM"]);
+    let mut table = Table::new(["STORE", "PATH", "STATE", "AVAILABLE", "SIZE", "VOLUMES", "PROBLEM"]);
     for store in stores {
         table.row([
             short(&store.id),
             store.path.clone(),
-            process_state(store.process()).into(),
-            store.usage.map_or(NONE.into(), |usage| HumanSize(usage.free_bytes).to_string()),
+            store_state(store).into(),
+            store.usage.map_or(NONE.into(), |usage| HumanSize(available(&usage)).to_string()),
             store.usage.map_or(NONE.into(), |usage| HumanSize(usage.capacity_bytes).to_string()),
             store.volumes.len().to_string(),
             store.problem.clone().unwrap_or_default(),
         ]);
     }
     table.to_string()
+}
+
+/// What new volumes can have, in bytes.
+const fn available(usage: &StoreUsage) -> u64 {
+    usage.free_bytes.saturating_sub(usage.reserved_bytes)
+}
+
+fn store_state(store: &Store) -> &'static str {
+    if store.poisoned.is_some() { "poisoned" } else { process_state(store.process()) }
+}
+
+/// One store.
+pub fn store(store: &Store) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: &str| {
+        // Writing to a string can't fail.
+        let _ = writeln!(text, "{name:<13}{value}");
+    };
+    line("id", &store.id);
+    line("path", &store.path);
+    line("state", store_state(store));
+    if let Some(listen) = &store.listen {
+        line("listens on", listen);
+    }
+    line("volumes", &if store.volumes.is_empty() { NONE.into() } else { store.volumes.join(", ") });
+    if let Some(usage) = &store.usage {
+        for (name, bytes, meaning) in usage_lines(usage) {
+            line(name, format!("{:<12}{meaning}", HumanSize(bytes)).trim_end());
+        }
+    }
+    if let Some(scrub) = &store.scrub {
+        line("scrub", &scrub_state(scrub));
+    }
+    line("poisoned", store.poisoned.as_deref().unwrap_or("no"));
+    store.problem.as_deref().into_iter().for_each(|problem| line("problem", problem));
+    text
+}
+
+fn usage_lines(usage: &StoreUsage) -> [(&'static str, u64, &'static str); 9] {
+    [
+        ("capacity", usage.capacity_bytes, "in all"),
+        ("used", usage.used_bytes, "by volumes as they are now"),
+        ("snapshots", usage.snapshots_bytes, "only snapshots have it"),
+        ("reclaimable", usage.reclaimable_bytes, "comes back by itself"),
+        ("metadata", usage.metadata_bytes, "journal and maps"),
+        ("bad", usage.bad_bytes, "never used again"),
+        ("free", usage.free_bytes, ""),
+        ("reserved", usage.reserved_bytes, "of what is free: promised to volumes"),
+        ("available", available(usage), "of what is free: for new volumes"),
+    ]
+}
+
+fn scrub_state(scrub: &Scrub) -> String {
+    let Scrub { bytes_per_second, passes, verified_bytes, damaged_blocks } = scrub;
+    if *bytes_per_second == 0 {
+        return "off".into();
+    }
+    let noun = if *passes == 1 { "pass" } else { "passes" };
+    format!("{passes} {noun}, {} verified, {damaged_blocks} damaged blocks", HumanSize(*verified_bytes))
 }
 
 /// A table of volumes.
@@ -265,6 +324,28 @@ mod tests {
         assert!(text.contains("REPLICA IN  STORE     STATE         LAST ERROR\n/srv/a      01234567  in sync\n"), "{text}");
         assert_eq!(replica_state(&replica(ReplicaState::Copying, Some((0, 0)))), "copying");
         assert_eq!(replica_state(&replica(ReplicaState::Copying, Some((u64::MAX, u64::MAX)))), "copying 100 %");
+    }
+
+    #[test]
+    fn a_store_says_where_its_room_is_and_what_is_wrong() {
+        let usage = StoreUsage { capacity_bytes: 10 << 30, free_bytes: 6 << 30, reserved_bytes: 4 << 30, ..StoreUsage::default() };
+        let shown = Store {
+            path: "/srv/a".into(),
+            process: ProcessState::Running.into(),
+            usage: Some(usage),
+            scrub: Some(Scrub { bytes_per_second: 1, passes: 2, verified_bytes: 1 << 30, damaged_blocks: 3 }),
+            poisoned: Some("a sync failed".into()),
+            ..Store::default()
+        };
+        let text = store(&shown);
+        for line in ["state        poisoned\n", "poisoned     a sync failed\n", "2 passes, 1 GiB verified, 3 damaged blocks\n"] {
+            assert!(text.contains(line), "{line:?}: {text}");
+        }
+        assert!(text.contains("available    2 GiB       of what is free: for new volumes\n"), "{text}");
+        let list = stores(std::slice::from_ref(&shown));
+        assert!(list.contains("/srv/a  poisoned  2 GiB      10 GiB"), "{list}");
+        let healthy = Store { poisoned: None, ..shown };
+        assert!(store(&healthy).contains("poisoned     no\n"));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 
-use carrick_backing_store::VolumeId;
+use carrick_backing_store::{ByteLength, VolumeId};
 use carrick_ctl::fault::{Fault, Reason};
 use carrick_ctl::v1;
 use carrick_ctl::v1::node_service_server::NodeService;
@@ -17,6 +17,7 @@ use tonic::{Request, Response, Status};
 
 use crate::context::Context;
 use crate::metadata::State;
+use crate::stores::NewStore;
 use crate::view::View;
 use crate::volumes::{NewVolume, not_found, parse_name};
 use crate::{attach, shutdown, stores, survey, volumes};
@@ -76,18 +77,24 @@ impl Services {
 #[tonic::async_trait]
 impl StoreService for Services {
     async fn add_store(&self, request: Request<v1::AddStoreRequest>) -> Result<Response<v1::AddStoreResponse>, Status> {
-        let v1::AddStoreRequest { path, listen, insecure } = request.into_inner();
+        let v1::AddStoreRequest { path, listen, insecure, size_bytes } = request.into_inner();
         let parse = |text: String| {
             text.parse().map_err(|_| Fault::invalid("listen", format!("{text:?} is not an address: write IP:PORT, such as 192.0.2.1:7100")))
         };
-        let listen = listen.map(parse).transpose()?;
-        let id = self.change(move |context| async move { stores::add(&context, &path, listen, insecure).await }).await?;
+        let new = NewStore { listen: listen.map(parse).transpose()?, insecure, size: size_bytes.map(ByteLength::new) };
+        let id = self.change(move |context| async move { stores::add(&context, &path, new).await }).await?;
         let store = self.look(|view| view.state.stores.get(&id).map(|record| view.store(record))).await;
         Ok(Response::new(v1::AddStoreResponse { store }))
     }
 
     async fn list_stores(&self, _: Request<v1::ListStoresRequest>) -> Result<Response<v1::ListStoresResponse>, Status> {
         Ok(Response::new(v1::ListStoresResponse { stores: self.look(|view| view.stores()).await }))
+    }
+
+    async fn get_store(&self, request: Request<v1::GetStoreRequest>) -> Result<Response<v1::GetStoreResponse>, Status> {
+        let v1::GetStoreRequest { store } = request.into_inner();
+        let store = self.look(|view| stores::resolve(view.state, &store).map(|record| view.store(record))).await?;
+        Ok(Response::new(v1::GetStoreResponse { store: Some(store) }))
     }
 
     async fn remove_store(&self, request: Request<v1::RemoveStoreRequest>) -> Result<Response<v1::RemoveStoreResponse>, Status> {

@@ -1,11 +1,13 @@
 //! Adding and removing stores, and choosing some for a new volume.
 
+use std::ffi::OsStr;
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use carrick_backing_store::StoreId;
+use carrick_backing_store::{ByteLength, StoreId};
 use carrick_ctl::fault::{Fault, Reason};
 use serde::Deserialize;
 use tokio::process::Command;
@@ -15,8 +17,8 @@ use crate::metadata::{Mutation, State, StoreRecord};
 use crate::observed::ProcessId;
 use crate::survey;
 
-/// For formatting a folder or looking into a store: both touch a handful of blocks.
-const TOOL_LIMIT: Duration = Duration::from_secs(30);
+/// For formatting a store, which writes its journal once, of up to 256 MiB, or looking into one, which replays that.
+const TOOL_LIMIT: Duration = Duration::from_secs(120);
 /// For a store's process to answer for the first time, the replay of its journal included.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// For a store's process to end: it syncs, then is killed (see `launch::stop`).
@@ -46,15 +48,47 @@ pub fn resolve<'a>(state: &'a State, text: &str) -> Result<&'a StoreRecord, Faul
     }
 }
 
-/// Adds a folder as a store and starts serving it.
-pub async fn add(context: &Context, path: &str, listen: Option<SocketAddr>, insecure: bool) -> Result<StoreId, Fault> {
+/// How a store is to be added.
+pub struct NewStore {
+    /// Where other nodes reach it.
+    pub listen: Option<SocketAddr>,
+    /// Without TLS.
+    pub insecure: bool,
+    /// How large it becomes, if it is formatted.
+    pub size: Option<ByteLength>,
+}
+
+/// What is where a store shall be.
+enum Place {
+    /// A folder without anything of anybody.
+    EmptyFolder,
+    /// One with something in it.
+    Folder,
+    Device,
+}
+
+/// Adds a folder or a device as a store and starts serving it.
+pub async fn add(context: &Context, path: &str, new: NewStore) -> Result<StoreId, Fault> {
+    let NewStore { listen, insecure, size } = new;
     let _one_at_a_time = context.stores.lock().await;
-    let (path, empty) = look_into(Path::new(path))?;
+    let (path, place) = look_into(Path::new(path))?;
     let state = context.state();
     if let Some(known) = state.stores.values().find(|record| record.path == path) {
         return same_options(known, listen, insecure).map(|()| known.id);
     }
-    let identity = if empty { tool(context, "format", &path).await? } else { tool(context, "show", &path).await? };
+    let show = [OsStr::new("show"), path.as_os_str()];
+    let mut format = vec![OsStr::new("format"), path.as_os_str()];
+    let size = size.map(|size| size.to_string());
+    size.iter().for_each(|size| format.extend([OsStr::new("--size"), OsStr::new(size)]));
+    let identity = match place {
+        Place::EmptyFolder => tool(context, &path, &format).await?,
+        Place::Folder => tool(context, &path, &show).await?,
+        Place::Device => match tool(context, &path, &show).await {
+            Ok(identity) => identity,
+            // It refuses a device that isn't empty, and says more of it.
+            Err(_) => tool(context, &path, &format).await?,
+        },
+    };
     if let Some(known) = state.stores.get(&identity.store) {
         let message = format!("the store in {} is added already, at {}", path.display(), known.path.display());
         return Err(Fault::new(Reason::StoreExists, known.id, message));
@@ -111,13 +145,15 @@ pub async fn choose(context: &Context, given: &[String], count: usize) -> Result
     }
     let mut free = Vec::new();
     for (id, status) in survey::replicas(context, &state).await {
-        if let Ok(status) = status {
-            free.push((status.usage.free, id));
+        if let Ok(status) = status
+            && status.poisoned.is_none()
+        {
+            free.push((status.usage.available(), id));
         }
     }
     if free.len() < count {
         let away = state.stores.len() - free.len();
-        let but = if away == 0 { String::new() } else { format!(", and {away} that can't be reached") };
+        let but = if away == 0 { String::new() } else { format!(", and {away} that can't be used") };
         let message = format!(
             "{count} stores are needed for {count} replicas, there are {}{but}: add one with carrick store add, or ask for fewer replicas",
             free.len()
@@ -128,8 +164,8 @@ pub async fn choose(context: &Context, given: &[String], count: usize) -> Result
     Ok(free.into_iter().take(count).map(|(_, id)| id).collect())
 }
 
-/// The folder's real path, and whether nothing is in it.
-fn look_into(path: &Path) -> Result<(PathBuf, bool), Fault> {
+/// The folder's real path, or the device's as it was given, and what is there.
+fn look_into(path: &Path) -> Result<(PathBuf, Place), Fault> {
     let invalid = |message: String| Fault::invalid("path", message);
     if !path.is_absolute() {
         return Err(invalid(format!("{} is not an absolute path", path.display())));
@@ -138,13 +174,20 @@ fn look_into(path: &Path) -> Result<(PathBuf, bool), Fault> {
         io::ErrorKind::NotFound => invalid(format!("{} is not there: make the folder, or mount the disk, first", path.display())),
         _ => invalid(format!("{}: {error}", path.display())),
     };
-    let path = path.canonicalize().map_err(failed)?;
-    let mut empty = true;
-    for entry in path.read_dir().map_err(failed)? {
-        // Every new ext4 file system has this folder.
-        empty &= entry.map_err(failed)?.file_name() == "lost+found";
+    if path.metadata().map_err(failed)?.file_type().is_block_device() {
+        // Its real path may be another device's after the next start of the machine.
+        return Ok((path.to_path_buf(), Place::Device));
     }
-    Ok((path, empty))
+    let path = path.canonicalize().map_err(failed)?;
+    let mut place = Place::EmptyFolder;
+    for entry in path.read_dir().map_err(failed)? {
+        // What every new ext4 file system has, and what an interrupted format leaves.
+        if !["lost+found", "blocks.new"].iter().any(|name| entry.as_ref().is_ok_and(|entry| entry.file_name() == *name)) {
+            entry.map_err(failed)?;
+            place = Place::Folder;
+        }
+    }
+    Ok((path, place))
 }
 
 fn same_options(known: &StoreRecord, listen: Option<SocketAddr>, insecure: bool) -> Result<(), Fault> {
@@ -161,11 +204,12 @@ fn same_options(known: &StoreRecord, listen: Option<SocketAddr>, insecure: bool)
     Ok(())
 }
 
-/// Runs `carrick-replica WHAT PATH`.
-async fn tool(context: &Context, what: &str, path: &Path) -> Result<Identity, Fault> {
+/// Runs `carrick-replica`, with these arguments, about this place.
+async fn tool(context: &Context, path: &Path, arguments: &[&OsStr]) -> Result<Identity, Fault> {
+    let what = arguments.first().map_or("", |what| what.to_str().unwrap_or_default());
     let program = context.bin_dir.join("carrick-replica");
     let unusable = |message: String| Fault::new(Reason::StoreUnusable, path.display(), message);
-    let run = Command::new(&program).arg(what).arg(path).kill_on_drop(true).output();
+    let run = Command::new(&program).args(arguments).kill_on_drop(true).output();
     let output = match tokio::time::timeout(TOOL_LIMIT, run).await {
         Ok(Ok(output)) => output,
         Ok(Err(error)) => {

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use carrick_backing_store::{StoreId, VolumeId};
+use carrick_backing_store::{StoreId, StoreUsage, VolumeId};
 use carrick_ctl::v1;
-use carrick_replicator::control::{MemberReport, MemberState, ReplicaProcessStatus, TargetPhase, TargetStatus};
+use carrick_replicator::control::{
+    DamagedReplica, MemberReport, MemberState, ReplicaProcessStatus, ScrubReport, TargetPhase, TargetStatus,
+};
 
 use crate::metadata::{AttachmentPhase, AttachmentRecord, State, StoreRecord, VolumePhase, VolumeRecord};
 use crate::observed::{Answers, Observed, Process, ProcessId, ProcessState};
@@ -33,21 +35,31 @@ impl View<'_> {
     /// One store.
     pub fn store(&self, record: &StoreRecord) -> v1::Store {
         let answer = self.replicas.get(&record.id);
-        let usage = answer.and_then(|answer| answer.as_ref().ok()).map(|status| v1::StoreUsage {
-            capacity_bytes: status.usage.capacity.get(),
-            free_bytes: status.usage.free.get(),
-            reserved_bytes: status.usage.reserved.get(),
-        });
+        let status = answer.and_then(|answer| answer.as_ref().ok());
+        let poisoned = status.and_then(|status| status.poisoned.clone());
+        let silent = answer.and_then(|answer| answer.as_ref().err()).map(|why| format!("carrick-replica {why}"));
         v1::Store {
             id: record.id.to_string(),
             path: record.path.display().to_string(),
             listen: record.listen.map(|address| address.to_string()),
             insecure: record.insecure,
             process: process_state(self.observed.processes.get(&ProcessId::Replica(record.id))).into(),
-            usage,
+            usage: status.map(|status| usage(&status.usage)),
             volumes: self.state.volumes_on(record.id).map(|volume| volume.name.to_string()).collect(),
-            problem: answer.and_then(|answer| answer.as_ref().err()).map(|why| format!("carrick-replica {why}")),
+            problem: silent.or_else(|| poisoned.as_deref().map(poison_in_words)).or_else(|| self.damage(status?)),
+            poisoned,
+            scrub: status.map(|status| scrub(&status.scrub)),
         }
+    }
+
+    /// What the scrub found, if it found any damage.
+    fn damage(&self, status: &ReplicaProcessStatus) -> Option<String> {
+        let of = |damaged: &DamagedReplica| match self.state.volumes.get(&damaged.volume) {
+            Some(volume) => format!("{} of volume {}", damaged.blocks, volume.name),
+            None => format!("{} of volume {}", damaged.blocks, damaged.volume),
+        };
+        let found: Vec<_> = status.scrub.damaged.iter().map(of).collect();
+        (!found.is_empty()).then(|| format!("damaged blocks: {}; they are replaced when they are read", found.join(", ")))
     }
 
     /// All volumes, by name.
@@ -89,6 +101,7 @@ impl View<'_> {
 
     fn replica_in_store(&self, volume: VolumeId, store: StoreId, store_path: String) -> v1::Replica {
         let (state, last_error) = match self.replicas.get(&store) {
+            Some(Ok(ReplicaProcessStatus { poisoned: Some(why), .. })) => (v1::ReplicaState::Refused, Some(poison_in_words(why))),
             Some(Ok(status)) => match status.replicas.iter().find(|report| report.spec.volume == volume) {
                 Some(report) if report.failure.is_some() => (v1::ReplicaState::Refused, report.failure.clone()),
                 Some(_) => (v1::ReplicaState::Idle, None),
@@ -147,6 +160,34 @@ impl View<'_> {
         }
         problems
     }
+}
+
+fn usage(usage: &StoreUsage) -> v1::StoreUsage {
+    v1::StoreUsage {
+        capacity_bytes: usage.capacity.get(),
+        free_bytes: usage.free.get(),
+        reserved_bytes: usage.reserved.get(),
+        used_bytes: usage.used.get(),
+        snapshots_bytes: usage.snapshots.get(),
+        reclaimable_bytes: usage.reclaimable.get(),
+        metadata_bytes: usage.metadata.get(),
+        bad_bytes: usage.bad.get(),
+    }
+}
+
+fn scrub(report: &ScrubReport) -> v1::Scrub {
+    v1::Scrub {
+        bytes_per_second: report.rate.get(),
+        passes: report.passes,
+        verified_bytes: report.verified.get(),
+        damaged_blocks: report.damaged.iter().map(|damaged| damaged.blocks).sum(),
+    }
+}
+
+fn poison_in_words(why: &str) -> String {
+    format!(
+        "it takes no more operations: {why}; see to the disk, then kill its carrick-replica: another one is started, and looks at it afresh"
+    )
 }
 
 /// What a replica does, in words.
