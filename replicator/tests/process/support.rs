@@ -44,18 +44,24 @@ pub struct Replica {
     pub store: StoreId,
     child: Child,
     listen: Option<SocketAddr>,
+    arguments: &'static [&'static str],
 }
 
 impl Replica {
     /// A new store, served on its Unix socket and a TCP port.
     pub fn start() -> Self {
+        Self::start_with(STORE_SIZE, &[])
+    }
+
+    /// A new store of this size, served with these arguments.
+    pub fn start_with(size: &str, arguments: &'static [&'static str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let made = program().arg("format").arg(folder.path().join("store")).args(["--size", STORE_SIZE]).output().unwrap();
+        let made = program().arg("format").arg(folder.path().join("store")).args(["--size", size]).output().unwrap();
         assert!(made.status.success(), "{made:?}");
         let answer: serde_json::Value = serde_json::from_slice(&made.stdout).unwrap();
         let store = answer["store"].as_str().unwrap().parse().unwrap();
-        let child = spawn(folder.path(), "127.0.0.1:0".parse().unwrap());
-        let mut replica = Self { folder, store, child, listen: None };
+        let child = spawn(folder.path(), "127.0.0.1:0".parse().unwrap(), arguments);
+        let mut replica = Self { folder, store, child, listen: None, arguments };
         replica.listen = replica.status().endpoints.iter().find_map(|endpoint| match endpoint {
             Endpoint::Tcp(address) => Some(*address),
             Endpoint::Unix(_) => None,
@@ -119,7 +125,7 @@ impl Replica {
 
     /// Serves the store again, at the same addresses.
     pub fn restart(&mut self) {
-        self.child = spawn(self.folder.path(), self.listen.unwrap());
+        self.child = spawn(self.folder.path(), self.listen.unwrap(), self.arguments);
         self.status();
     }
 
@@ -143,10 +149,10 @@ impl Drop for Replica {
     }
 }
 
-fn spawn(folder: &Path, listen: SocketAddr) -> Child {
+fn spawn(folder: &Path, listen: SocketAddr, arguments: &[&str]) -> Child {
     let mut serve = program();
     serve.arg("serve").arg(folder.join("store")).arg("--run-dir").arg(folder.join("run")).arg("--listen").arg(listen.to_string());
-    serve.env("CARRICK_LOG", "error").stdin(Stdio::null()).spawn().unwrap()
+    serve.args(arguments).env("CARRICK_LOG", "error").stdin(Stdio::null()).spawn().unwrap()
 }
 
 /// Runs the program to its end.

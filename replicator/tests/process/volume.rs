@@ -147,6 +147,39 @@ fn a_primary_that_was_taken_over_ends_with_that_error() {
 }
 
 #[test]
+fn a_volume_that_finds_no_room_waits_for_it_and_says_so_while_others_go_on() {
+    // More is promised than there is.
+    let replica = [Replica::start_with("64M", &["--overcommit"])];
+    let endpoints = vec![replica[0].unix()];
+    let whole = |mib: u64| LoadSpec {
+        unit: ByteLength::new(1 << 20),
+        depth: 4,
+        write_percent: 100,
+        pattern: LoadPattern::Sequential,
+        limit: LoadLimit::Requests(mib),
+        ..load_spec(size(mib))
+    };
+    let (first, second) = (volume_on(&replica, size(24)), volume_on(&replica, size(48)));
+    let (written, report) = run_load(load(whole(24)), first, size(24), endpoints.clone()).unwrap();
+    is_right(&report);
+    let waiting = {
+        let endpoints = endpoints.clone();
+        thread::spawn(move || run_load(load(whole(48)), second, size(48), endpoints).unwrap().1)
+    };
+    let failure = || replica[0].status().replicas.into_iter().find(|report| report.spec.volume == second).unwrap().failure;
+    let said = crate::support::wait_for("a full store", failure);
+    assert!(said.contains("no room in store"), "{said}");
+
+    let spec = LoadSpec { limit: LoadLimit::Requests(200), write_percent: 50, pattern: LoadPattern::Random, ..whole(24) };
+    let (_, report) = run_load(written.again(spec), first, size(24), endpoints).unwrap();
+    is_right(&report);
+    assert!(!waiting.is_finished());
+    assert_eq!(replica[0].ask(&ReplicaRequest::Delete { volume: first }), ReplicaAnswer::Done);
+    is_right(&waiting.join().unwrap());
+    assert_eq!(failure(), None);
+}
+
+#[test]
 fn plain_tcp_to_another_host_needs_to_be_asked_for() {
     let far: Endpoint = "tcp:192.0.2.1:7100".parse().unwrap();
     let make = |insecure| Primary::new(engine_config(VolumeId::random(), size(1), 1), vec![far.clone()], BufferPool::new(0), insecure);
