@@ -14,12 +14,12 @@ start_node() {
 
 answers() { carrick status >/dev/null 2>&1; }
 
-# add_stores COUNT FOLDER: in folders below.
+# add_stores COUNT FOLDER SIZE: in folders below.
 add_stores() {
   local number
   for ((number = 1; number <= $1; number++)); do
     mkdir "$2/store-$number"
-    carrick store add "$2/store-$number" >/dev/null
+    carrick store add "$2/store-$number" --size "$3" >/dev/null
   done
 }
 

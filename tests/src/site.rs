@@ -17,6 +17,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How long a state is waited for that should come at once, on a slow machine.
 pub const SOON: Duration = Duration::from_secs(60);
 
+/// Of each store: room for what a test has in it. The file grows only as far as it is used.
+const STORE_SIZE: &str = "512M";
+
 /// A node under test.
 pub struct Site {
     folder: TempDir,
@@ -60,7 +63,7 @@ impl Site {
         for index in 0..count {
             let path = site.path(&format!("store{index}"));
             fs::create_dir_all(&path)?;
-            site.carrick(&["store", "add", path_text(&path)?])?;
+            site.carrick(&["store", "add", path_text(&path)?, "--size", STORE_SIZE])?;
         }
         Ok(site)
     }

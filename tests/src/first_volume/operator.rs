@@ -58,10 +58,13 @@ pub fn stores(_: &Plan) -> Found {
     let said_in_use = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     ensure!(!output.status.success() && said_in_use.contains("in use"), "a second carrick-replica said {said_in_use:?}");
 
-    // A disk of 96 MiB takes a volume of 64 MiB, then is full for a second one.
+    // A disk of 96 MiB takes a volume of 64 MiB, then is full for a second one. The store's space is taken at once.
     let small = site.path("small");
     fs::create_dir_all(&small)?;
     let _disk = SmallDisk::mount(&small)?;
+    let format = ["format", path_text(&small)?, "--size", "88M", "--prewrite"];
+    let formatted = Command::new(programs()?.join("carrick-replica")).args(format).output().context("formatting a store")?;
+    ensure!(formatted.status.success(), "carrick-replica {format:?}: {formatted:?}");
     site.carrick(&["store", "add", path_text(&small)?])?;
     let small_id = store_at(&site, &small)?;
     site.carrick(&["volume", "create", "fits", "--size", "64M", "--replicas", "1", "--store", &small_id])?;
