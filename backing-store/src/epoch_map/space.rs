@@ -15,8 +15,9 @@ use crate::disk::{Disk, DiskBlock};
 use crate::store::{BLOCKS_MAX, StoreError, StoreUsage};
 use crate::units::{BLOCK_SIZE, ByteLength, Epoch, VolumeSize};
 
-/// Map pages that may change between two checkpoints: 32 MiB of them, or a 256th of a small store.
-const DIRTY_MAX: u64 = 8192;
+/// Map pages that may change before a checkpoint begins, or a 256th of a small store. With those that change while it is being
+/// written, and both in memory, that is 64 MiB.
+const DIRTY_MAX: u64 = 6144;
 const DIRTY_MIN: u64 = 64;
 /// Room for overwrites on their way: 32 MiB, less on a small store, but where it is not tiny two of the largest writes.
 const TRANSIT_MAX: u64 = 8192;
@@ -75,6 +76,11 @@ impl Space {
         if !self.overcommit {
             self.promised = self.promised - before.unwrap_or(0) + record.map_or(0, ReplicaRecord::promise);
         }
+    }
+
+    /// Pages that may have changed before changes wait for a checkpoint.
+    pub(super) const fn dirty_limit(&self) -> usize {
+        (self.dirty_max + self.dirty_max / 4) as usize
     }
 
     /// Pages that may change before a checkpoint begins.

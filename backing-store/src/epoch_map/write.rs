@@ -68,7 +68,7 @@ impl<D: Disk> EpochMap<D> {
         if replica.is_read(change) {
             return Verdict::Wait;
         }
-        if !self.journal.has_room() || self.dirty > 2 * self.space.dirty_max() || self.dead.len() >= self.limits.dead {
+        if !self.journal.has_room() || self.dirty > self.space.dirty_limit() || self.dead.len() >= self.limits.dead {
             // Trees that are taken apart need no checkpoint.
             self.checkpoint_wanted |= self.dead.len() < self.limits.dead;
             return Verdict::Stall;
