@@ -4,13 +4,14 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::thread;
 
 use carrick_backing_store::VolumeId;
-use carrick_replicator::control::{ReplicaAnswer, ReplicaRequest};
+use carrick_replicator::control::{DamagedReplica, ReplicaAnswer, ReplicaRequest};
 use carrick_replicator::io::{LoadLimit, LoadPattern, LoadSpec};
 use rustix::process::Signal;
 
-use crate::support::{Replica, STORE_SIZE, load, load_spec, run, run_load, size, volume_on};
+use crate::support::{PATIENCE, Replica, STORE_SIZE, load, load_spec, run, run_load, size, volume_on, wait_for};
 
 /// Runs the program, which must fail with this code and one sentence that has all of these in it.
 fn fails(arguments: &[&dyn AsRef<OsStr>], code: i32, words: &[&str]) {
@@ -120,6 +121,20 @@ fn a_store_is_served_once_and_can_be_looked_at_meanwhile() {
     assert_eq!(check(&replica.path()), (0, check(&replica.path()).1));
 }
 
+/// Damages a block of data in a store that has little else in it.
+fn damage(store: &Path) {
+    // Most of what is in the store is that data: the middle of the longest run of blocks in use is a part of it.
+    let blocks = fs::File::options().read(true).write(true).open(store.join("blocks")).unwrap();
+    let (mut run, mut longest) = (0..0, 0..0);
+    for block in 0..blocks.metadata().unwrap().len() / 4096 {
+        let mut bytes = [0; 4096];
+        blocks.read_exact_at(&mut bytes, block * 4096).unwrap();
+        run = if bytes == [0; 4096] { block + 1..block + 1 } else { run.start..block + 1 };
+        longest = if longest.end - longest.start < run.end - run.start { run.clone() } else { longest };
+    }
+    blocks.write_all_at(&[0x5a; 64], (longest.start + longest.end) / 2 * 4096 + 1000).unwrap();
+}
+
 #[test]
 fn damage_is_found_by_a_check_and_told_by_its_exit_code() {
     let mut replicas = [Replica::start()];
@@ -133,16 +148,7 @@ fn damage_is_found_by_a_check_and_told_by_its_exit_code() {
     let (code, report) = check(&replica.path());
     assert_eq!((code, &report["clean"], &report["verified"]), (0, &true.into(), &1024.into()), "{report}");
 
-    // Most of what is in the store is that data: the middle of the longest run of blocks in use is a part of it.
-    let blocks = fs::File::options().read(true).write(true).open(replica.path().join("blocks")).unwrap();
-    let (mut run, mut longest) = (0..0, 0..0);
-    for block in 0..blocks.metadata().unwrap().len() / 4096 {
-        let mut bytes = [0; 4096];
-        blocks.read_exact_at(&mut bytes, block * 4096).unwrap();
-        run = if bytes == [0; 4096] { block + 1..block + 1 } else { run.start..block + 1 };
-        longest = if longest.end - longest.start < run.end - run.start { run.clone() } else { longest };
-    }
-    blocks.write_all_at(&[0x5a; 64], (longest.start + longest.end) / 2 * 4096 + 1000).unwrap();
+    damage(&replica.path());
     let (code, report) = check(&replica.path());
     assert_eq!((code, report["faults"].as_array().unwrap().len()), (1, 1), "{report}");
     let words = crate::support::run(&["check".as_ref(), replica.path().as_os_str(), "--data".as_ref()]);
@@ -189,4 +195,20 @@ fn a_killed_process_leaves_data_and_sockets_that_its_successor_takes_over() {
     let check = LoadSpec { write_percent: 0, pattern: LoadPattern::Sequential, limit: LoadLimit::Requests(4096), ..spec };
     let (_, report) = run_load(written.again(check), volume, size, vec![replicas[0].tcp()]).unwrap();
     assert_eq!((report.errors, report.mismatches, report.reads.count), (0, 0, 4096), "{:?}", report.first_failure);
+}
+
+#[test]
+#[ignore = "takes over a minute: so long after the start of a process its scrub begins"]
+fn the_scrub_finds_damage_and_tells_of_it() {
+    let replicas = [Replica::start()];
+    let size = size(4);
+    let volume = volume_on(&replicas, size);
+    let spec = LoadSpec { limit: LoadLimit::Requests(1024), write_percent: 100, pattern: LoadPattern::Sequential, ..load_spec(size) };
+    run_load(load(spec), volume, size, vec![replicas[0].unix()]).unwrap();
+    damage(&replicas[0].path());
+    assert_eq!(replicas[0].status().scrub.damaged, []);
+    thread::sleep(PATIENCE);
+    let found = wait_for("the scrub's end", || Some(replicas[0].status().scrub).filter(|scrub| scrub.passes > 0));
+    assert_eq!(found.damaged, [DamagedReplica { volume, blocks: 1 }]);
+    assert_eq!(found.verified.get(), 1023 * 4096);
 }
