@@ -122,7 +122,7 @@ impl<D: Disk> Direct<'_, D> {
     }
 
     /// Single blocks, many at once.
-    fn read_pages(&mut self, places: &[DiskBlock]) -> Vec<io::Result<Buffer>> {
+    pub(super) fn read_pages(&mut self, places: &[DiskBlock]) -> Vec<io::Result<Buffer>> {
         let work = places.iter().map(|at| DiskWork::Read { at: *at, buffer: self.pool.take(BLOCK) }).collect();
         let pages = self.run(work).into_iter();
         pages.map(|page| page.and_then(|page| page.ok_or_else(|| io::ErrorKind::UnexpectedEof.into()))).collect()

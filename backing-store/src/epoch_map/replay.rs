@@ -24,6 +24,9 @@ use crate::units::{BLOCK_SIZE, BlockIndex, ByteLength, Extent, Seq, VolumeId};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
 
+/// Levels of the highest tree.
+const LEVELS_MAX: usize = 5;
+
 /// How a journal was found.
 struct Found {
     /// Where it ends: what comes next is written here.
@@ -61,6 +64,7 @@ impl<D: Disk> EpochMap<D> {
             let Some((batch, next)) = self.read_batch(&at)? else { return Err(self.damaged("the journal changed while it was read")) };
             let payload = if batch.head.number > found.copied { self.read_payload(&batch)? } else { Vec::new() };
             let mut payload = payload.into_iter();
+            self.prefetch(&batch.records);
             for record in &batch.records {
                 self.apply_record(record, batch.head.number, &mut payload)?;
             }
@@ -374,6 +378,43 @@ impl<D: Disk> EpochMap<D> {
             }
             for missing in missing {
                 self.load_page(&missing, owners)?;
+            }
+        }
+    }
+
+    /// Reads the pages that these records will need, many at once. What can't be read now is found out when it is needed.
+    fn prefetch(&mut self, records: &[Record]) {
+        // One level of all trees at a time, and no deeper than any tree is.
+        for _ in 0..LEVELS_MAX {
+            let mut wanted: HashMap<DiskBlock, (Missing, Slot)> = HashMap::new();
+            for record in records {
+                let (block, count) = match record {
+                    Record::Write { block, checksums, .. } | Record::Overwrite { block, checksums, .. } => {
+                        (block.get(), checksums.len() as u64)
+                    }
+                    Record::Zeroes { block, count, .. } => (block.get(), *count),
+                    _ => continue,
+                };
+                let Some(replica) = self.replicas.get(&record.slot()) else { continue };
+                let blocks = block..block.saturating_add(count).min(replica.record.size.blocks());
+                let mut missing = Vec::new();
+                if !blocks.is_empty() {
+                    let whole = matches!(record, Record::Zeroes { .. });
+                    replica.record.tree.missing(&mut self.cache, &blocks, whole, &mut missing);
+                }
+                wanted.extend(missing.into_iter().map(|missing| (missing.pointer.place, (missing, record.slot()))));
+            }
+            if wanted.is_empty() {
+                return;
+            }
+            let wanted: Vec<(DiskBlock, (Missing, Slot))> = wanted.into_iter().collect();
+            let places: Vec<DiskBlock> = wanted.iter().map(|(place, _)| *place).collect();
+            self.counters.pages_read += places.len() as u64;
+            let pages = self.direct().read_pages(&places);
+            for ((place, (missing, slot)), page) in wanted.into_iter().zip(pages) {
+                let Some(owners) = self.replicas.get(&slot).map(|replica| replica.record.owners()) else { continue };
+                let Ok(node) = decode_page(&missing, &owners, &self.superblock.geometry, page.map(Some)) else { return };
+                self.cache.insert(place, node);
             }
         }
     }
