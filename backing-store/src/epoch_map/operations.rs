@@ -89,7 +89,7 @@ impl<D: Disk> EpochMap<D> {
         if let Some(replica) = self.slot(volume).and_then(|slot| self.replicas.get(&slot)) {
             let found = replica.record.size.bytes();
             let of = |(origin, id): (VolumeId, SnapshotId)| self.slot(origin).map(|slot| (slot, id));
-            let same = found == wanted && replica.record.origin == origin.and_then(of);
+            let same = found == wanted && (origin.is_none() || replica.record.origin == origin.and_then(of));
             return if same { Ok(()) } else { Err(StoreError::Conflict { volume, found, wanted }) };
         }
         let origin = origin.map(|(origin, id)| self.find_snapshot(origin, id)).transpose()?;
