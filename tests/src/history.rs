@@ -16,7 +16,7 @@ use crate::dice::Dice;
 
 /// The kernel's `BLKDISCARD` and `BLKZEROOUT` (include/uapi/linux/fs.h), which take {offset, length}.
 const DISCARD: Opcode = 0x1277;
-const ZERO_OUT: Opcode = 0x127f;
+pub const ZERO_OUT: Opcode = 0x127f;
 /// Longest request, in bytes.
 const REQUEST_MAX: u64 = 1 << 20;
 const SECTOR: u64 = 512;
@@ -147,16 +147,21 @@ impl Worker {
     }
 
     fn range(&self, opcode: Opcode, offset: u64, length: u64) -> anyhow::Result<()> {
-        let range = [self.start + offset, length];
-        // SAFETY: both commands read two 64-bit numbers from the pointer and nothing else.
-        let done = unsafe {
-            match opcode {
-                DISCARD => ioctl(&self.file, Setter::<DISCARD, [u64; 2]>::new(range)),
-                _ => ioctl(&self.file, Setter::<ZERO_OUT, [u64; 2]>::new(range)),
-            }
-        };
-        done.with_context(|| format!("ioctl {opcode:#x} of {offset}+{length}"))
+        change_range(&self.file, opcode, self.start + offset, length)
     }
+}
+
+/// Discards a range of a block device, or makes it zeros.
+pub fn change_range(device: &File, opcode: Opcode, start: u64, length: u64) -> anyhow::Result<()> {
+    let range = [start, length];
+    // SAFETY: both commands read two 64-bit numbers from the pointer and nothing else.
+    let done = unsafe {
+        match opcode {
+            DISCARD => ioctl(device, Setter::<DISCARD, [u64; 2]>::new(range)),
+            _ => ioctl(device, Setter::<ZERO_OUT, [u64; 2]>::new(range)),
+        }
+    };
+    done.with_context(|| format!("ioctl {opcode:#x} of {start}+{length}"))
 }
 
 /// A sector's content: whose it is and where it belongs, or zeros.

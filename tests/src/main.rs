@@ -9,6 +9,7 @@ mod history;
 mod peer;
 mod report;
 mod site;
+mod store;
 
 use std::process::ExitCode;
 
@@ -34,15 +35,18 @@ struct Arguments {
 enum Topic {
     /// A replicated volume on a real kernel, end to end.
     FirstVolume,
+    /// What a store must hold, whatever happens to its process and its disk.
+    Store,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let seed = arguments.seed.unwrap_or_else(|| u64::from(std::process::id()));
     println!("seed {seed}");
-    let plan = first_volume::Plan { quick: arguments.quick, seed };
+    let plan = report::Plan { quick: arguments.quick, seed };
     let items = match arguments.topic {
         Topic::FirstVolume => first_volume::items(),
+        Topic::Store => store::items(),
     };
     report::run(&items, &plan, &arguments.only)
 }

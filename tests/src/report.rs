@@ -3,7 +3,13 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use crate::first_volume::Plan;
+/// How thoroughly to try.
+pub struct Plan {
+    /// Fewer kills, seeds and seconds.
+    pub quick: bool,
+    /// Seed of what is random.
+    pub seed: u64,
+}
 
 /// What an item measured or saw, in words, when it passes.
 pub type Found = anyhow::Result<String>;

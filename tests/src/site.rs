@@ -196,6 +196,14 @@ pub fn path_text(path: &Path) -> anyhow::Result<&str> {
     path.to_str().context("a path that isn't UTF-8")
 }
 
+/// Runs a program, which must succeed; what it prints.
+pub fn run(program: &str, arguments: &[&str]) -> anyhow::Result<String> {
+    let output = Command::new(program).args(arguments).output().with_context(|| format!("running {program}"))?;
+    let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "{program} {}: {} {complained}", arguments.join(" "), output.status);
+    Ok(said.into_owned())
+}
+
 /// Sends a signal.
 pub fn signal(pid: i32, signal: Signal) -> anyhow::Result<()> {
     let pid = Pid::from_raw(pid).context("pid 0")?;

@@ -17,7 +17,7 @@ use crate::fio::Fio;
 use crate::history::History;
 use crate::peer::Peer;
 use crate::report::Found;
-use crate::site::{SOON, Site, path_text, signal, wait_for};
+use crate::site::{SOON, Site, path_text, run, signal, wait_for};
 
 const VOLUME: &str = "vm1";
 const SIZE: u64 = 96 << 20;
@@ -40,27 +40,10 @@ fn chaos(plan: &Plan, sector: &str) -> Found {
     let device = site.attach(VOLUME, &[])?;
     let kills = if plan.quick { 6 } else { 20 };
     let mut dice = Dice::new(plan.seed);
-    let (range, align) = (format!("--bsrange={sector}-1M"), format!("--blockalign={sector}"));
-    let options = [
-        "--rw=randrw",
-        "--rwmixread=30",
-        &range,
-        &align,
-        "--iodepth=32",
-        "--size=64M",
-        "--loops=1000",
-        "--verify=crc32c",
-        "--verify_fatal=1",
-        "--verify_backlog=256",
-        "--serialize_overlap=1",
-        "--fsync=64",
-    ];
     // fio can't verify trims; the rest of the volume takes them, with every sector known.
     let history = History::start(&device, 64 << 20, 4 << 20, 8, sector.parse()?, plan.seed)?;
     let stop = site.path("stop-fio");
-    let seed = format!("--randseed={}", plan.seed);
-    let trigger = format!("--trigger-file={}", path_text(&stop)?);
-    let mut fio = Fio::start(&device, &[&options[..], &[&seed, &trigger]].concat())?;
+    let mut fio = verifying_load(&device, sector, plan.seed, &stop)?;
     let killed = kill_at_random(&mut site, &mut fio, &mut dice, kills).with_context(|| site.log_tail())?;
     // fio ends at its next look at the trigger file, after the verification of what is in its backlog.
     fs::write(&stop, "")?;
@@ -77,6 +60,29 @@ fn chaos(plan: &Plan, sector: &str) -> Found {
     ))
 }
 
+/// Requests of all sizes on the first 64 MiB of a device, everything read back and compared; ends soon after the file `stop` is there.
+pub fn verifying_load(device: &Path, sector: &str, seed: u64, stop: &Path) -> anyhow::Result<Fio> {
+    let (range, align) = (format!("--bsrange={sector}-1M"), format!("--blockalign={sector}"));
+    let (seed, trigger) = (format!("--randseed={seed}"), format!("--trigger-file={}", path_text(stop)?));
+    let options = [
+        "--rw=randrw",
+        "--rwmixread=30",
+        &range,
+        &align,
+        "--iodepth=32",
+        "--size=64M",
+        "--loops=1000",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--verify_backlog=256",
+        "--serialize_overlap=1",
+        "--fsync=64",
+        &seed,
+        &trigger,
+    ];
+    Fio::start(device, &options)
+}
+
 /// One whole pass of writing and reading back, without faults: what the faults left behind must not disturb it.
 fn verified_pass(device: &Path, sector: &str) -> anyhow::Result<()> {
     let range = format!("--bsrange={sector}-1M");
@@ -85,7 +91,7 @@ fn verified_pass(device: &Path, sector: &str) -> anyhow::Result<()> {
 }
 
 /// What fio moved, from its summary.
-fn traffic(said: &str) -> String {
+pub fn traffic(said: &str) -> String {
     let part = |name: &str| {
         let line = said.lines().find(|line| line.trim_start().starts_with(name)).unwrap_or_default();
         line.split_once('(')
@@ -236,11 +242,4 @@ impl Drop for Mount {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg(&self.0).status();
     }
-}
-
-fn run(program: &str, arguments: &[&str]) -> anyhow::Result<()> {
-    let output = Command::new(program).args(arguments).output().with_context(|| format!("running {program}"))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{program} {}: {} {said}", arguments.join(" "), output.status);
-    Ok(())
 }

@@ -47,7 +47,7 @@ pub fn idle(_: &Plan) -> Found {
 }
 
 /// Voluntary context switches of all threads: each is a wakeup.
-fn wakeups(pid: i32) -> anyhow::Result<u64> {
+pub fn wakeups(pid: i32) -> anyhow::Result<u64> {
     let mut sum = 0;
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
         let text = fs::read_to_string(thread?.path().join("status"))?;

@@ -1,20 +1,12 @@
 //! The promises of a replicated volume on a real kernel.
 
-mod chaos;
-mod idle;
+pub mod chaos;
+pub mod idle;
 mod machine;
 mod operator;
 mod wire;
 
-use crate::report::Item;
-
-/// How thoroughly to try.
-pub struct Plan {
-    /// Fewer kills and seconds.
-    pub quick: bool,
-    /// Seed of what is random.
-    pub seed: u64,
-}
+use crate::report::{Item, Plan};
 
 /// The whole list, in the order of the story: what an operator does first comes first.
 pub fn items() -> Vec<Item> {
