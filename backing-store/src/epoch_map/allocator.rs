@@ -386,30 +386,32 @@ impl Allocator {
 
     // Opening.
 
-    /// Keeps long runs of free blocks from being handed out before they are woken. Gives where they are.
-    pub(super) fn hold_free_runs(&mut self, least: u64) -> Vec<(DiskBlock, u64)> {
+    /// Keeps chunks of which nothing is in use from being handed out before they are woken. Gives where they are, in blocks.
+    pub(super) fn hold_free_chunks(&mut self) -> Vec<(DiskBlock, u64)> {
+        let whole = u16::try_from(CHUNK_BLOCKS).unwrap_or(u16::MAX);
         let mut runs: Vec<(DiskBlock, u64)> = Vec::new();
-        let mut start = 0;
-        for index in 0..=self.prepared() {
-            if index < self.prepared() && self.is_free(index) {
+        for chunk in 0..self.prepared_chunks {
+            if self.free_in_chunk[chunk] != whole {
                 continue;
             }
-            if index - start >= least {
-                (start..index).for_each(|index| self.hold(index));
-                runs.push((DiskBlock::new(self.start + start), index - start));
+            self.hold_chunk(chunk);
+            let at = DiskBlock::new(self.start + chunk as u64 * CHUNK_BLOCKS);
+            match runs.last_mut().filter(|(last, count)| last.plus(*count) == at) {
+                Some((_, count)) => *count += CHUNK_BLOCKS,
+                None => runs.push((at, CHUNK_BLOCKS)),
             }
-            start = index + 1;
         }
         runs
     }
 
-    fn hold(&mut self, index: u64) {
-        let (word, bit) = word_bit(index);
-        let group = &mut self.groups[usize::try_from(index / GROUP_BLOCKS).unwrap_or(usize::MAX)];
-        group.resting.get_or_insert_with(|| Box::new([0; WORDS]))[word] |= bit;
-        group.resting_blocks += 1;
-        self.free -= 1;
-        self.free_in_chunk[Self::chunk(index)] -= 1;
+    fn hold_chunk(&mut self, chunk: usize) {
+        let (word, _) = word_bit(chunk as u64 * CHUNK_BLOCKS);
+        let group = &mut self.groups[chunk / usize::try_from(CHUNKS_IN_GROUP).unwrap_or(usize::MAX)];
+        let words = group.resting.get_or_insert_with(|| Box::new([0; WORDS]));
+        words[word..][..usize::try_from(CHUNK_BLOCKS / 64).unwrap_or(0)].fill(u64::MAX);
+        group.resting_blocks += u32::try_from(CHUNK_BLOCKS).unwrap_or(0);
+        self.free -= CHUNK_BLOCKS;
+        self.free_in_chunk[chunk] = 0;
     }
 
     /// Sets the directory as the catalog tells.

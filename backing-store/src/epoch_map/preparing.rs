@@ -18,8 +18,6 @@ use super::superblock::CHUNK_BLOCKS;
 const PREPARE: u64 = (64 << 20) / BLOCK_SIZE as u64;
 /// After the file system had no space, so long nothing is prepared.
 const PREPARE_PAUSE: Duration = Duration::from_secs(1);
-/// Runs shorter than 1 MiB are not worth telling the disk.
-const DISCARD_MIN: u64 = 256;
 
 /// Free blocks side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,8 +76,8 @@ impl Below {
     /// There was no space for it, or for all of it. Whether it is worth trying the next.
     fn put_back(&mut self, run: FreeRun) -> bool {
         self.in_holes += run.count;
-        let half = run.count / 2;
-        if half >= DISCARD_MIN {
+        let half = run.count / CHUNK_BLOCKS / 2 * CHUNK_BLOCKS;
+        if half > 0 {
             self.holes.push_back(FreeRun { at: run.at, count: half });
             self.holes.push_back(FreeRun { at: run.at.plus(half), count: run.count - half });
         } else {
@@ -114,7 +112,7 @@ impl<D: Disk> EpochMap<D> {
         if self.poisoned.is_some() || self.below.preparing || !scarce || self.below.refused_at.is_some() {
             return;
         }
-        let most = PREPARE.max(self.reserve());
+        let most = PREPARE.max(self.reserve()).next_multiple_of(CHUNK_BLOCKS);
         // Holes first: that keeps the file short.
         let (what, at, count) = if let Some(run) = self.below.take_hole(most) {
             (Preparing::Again(run), run.at, run.count)
@@ -175,12 +173,12 @@ impl<D: Disk> EpochMap<D> {
         }
     }
 
-    /// After a start nobody knows where holes are. They were free runs of some length, and no shorter one is a part of one.
+    /// After a start nobody knows where holes are, but that they are whole chunks.
     pub(super) fn suspect_holes(&mut self) {
         if !self.is_thin() {
             return;
         }
-        for (at, count) in self.allocator.hold_free_runs(DISCARD_MIN) {
+        for (at, count) in self.allocator.hold_free_chunks() {
             self.below.add_hole(FreeRun { at, count });
         }
     }
@@ -196,14 +194,19 @@ impl<D: Disk> EpochMap<D> {
         }
         blocks.sort_unstable();
         for blocks in blocks.chunk_by(|a, b| a.plus(1) == *b) {
-            let Some(at) = blocks.first().copied() else { continue };
-            let run = FreeRun { at, count: blocks.len() as u64 };
-            if run.count >= DISCARD_MIN {
-                self.below.discarding += run.count;
-                self.start(Purpose::Discard(run), DiskWork::Discard { at, count: run.count });
-            } else {
-                self.wake(run);
+            let Some(first) = blocks.first().copied() else { continue };
+            // Whole chunks: less is not worth telling the disk, and a start must find what may be a hole.
+            let end = first.get() + blocks.len() as u64;
+            let (from, to) = (first.get().next_multiple_of(CHUNK_BLOCKS), end / CHUNK_BLOCKS * CHUNK_BLOCKS);
+            if from >= to {
+                self.wake(FreeRun { at: first, count: end - first.get() });
+                continue;
             }
+            let run = FreeRun { at: DiskBlock::new(from), count: to - from };
+            self.wake(FreeRun { at: first, count: from - first.get() });
+            self.wake(FreeRun { at: DiskBlock::new(to), count: end - to });
+            self.below.discarding += run.count;
+            self.start(Purpose::Discard(run), DiskWork::Discard { at: run.at, count: run.count });
         }
     }
 
