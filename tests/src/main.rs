@@ -37,6 +37,8 @@ enum Topic {
     FirstVolume,
     /// What a store must hold, whatever happens to its process and its disk.
     Store,
+    /// The part of that which needs no kernel: on a simulated disk.
+    StoreLibrary,
 }
 
 fn main() -> ExitCode {
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
     let items = match arguments.topic {
         Topic::FirstVolume => first_volume::items(),
         Topic::Store => store::items(),
+        Topic::StoreLibrary => store::library_items(),
     };
     report::run(&items, &plan, &arguments.only)
 }

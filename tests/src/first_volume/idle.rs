@@ -47,11 +47,18 @@ pub fn idle(_: &Plan) -> Found {
 }
 
 /// Voluntary context switches of all threads: each is a wakeup.
-pub fn wakeups(pid: i32) -> anyhow::Result<u64> {
+fn wakeups(pid: i32) -> anyhow::Result<u64> {
+    wakeups_of(pid, |_| true)
+}
+
+/// The same of the threads whose name is wanted.
+pub fn wakeups_of(pid: i32, wanted: impl Fn(&str) -> bool) -> anyhow::Result<u64> {
     let mut sum = 0;
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let text = fs::read_to_string(thread?.path().join("status"))?;
-        sum += field(&text, "voluntary_ctxt_switches:")?;
+        let thread = thread?.path();
+        if wanted(&fs::read_to_string(thread.join("comm"))?) {
+            sum += field(&fs::read_to_string(thread.join("status"))?, "voluntary_ctxt_switches:")?;
+        }
     }
     Ok(sum)
 }

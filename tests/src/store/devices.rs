@@ -1,7 +1,9 @@
 //! Loop devices.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+
+use anyhow::Context;
 
 use crate::site::{path_text, run};
 
@@ -19,6 +21,14 @@ impl Loop {
     /// The device.
     pub fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// How many reads, writes, discards and flushes it has had.
+    pub fn requests(&self) -> anyhow::Result<u64> {
+        let name = self.0.file_name().context("a device without name")?;
+        let text = fs::read_to_string(Path::new("/sys/block").join(name).join("stat"))?;
+        // Documentation/block/stat.rst: what was completed is in the fields 1, 5, 12 and 16.
+        Ok([0, 4, 11, 15].iter().filter_map(|field| text.split_whitespace().nth(*field)?.parse::<u64>().ok()).sum())
     }
 }
 

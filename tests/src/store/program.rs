@@ -1,7 +1,7 @@
 //! `carrick-replica`, run by hand.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -75,6 +75,6 @@ impl Drop for Served {
     }
 }
 
-fn answers(socket: &PathBuf) -> bool {
+fn answers(socket: &Path) -> bool {
     matches!(call(socket, &ReplicaRequest::Status, SOON), Ok(ReplicaAnswer::Status(_)))
 }
