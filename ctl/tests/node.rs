@@ -254,11 +254,12 @@ fn a_deletion_is_finished_when_its_store_is_back() {
     assert_eq!(answer["pending_stores"][0], store.as_str());
     node.carrick(&["volume", "show", "vm1"]).fails(3, "VOLUME_NOT_FOUND");
     assert_eq!(node.replicas_in(1), 1);
-    let problems = node.carrick(&["status"]).ok()["problems"].to_string();
-    assert!(
-        problems.contains("volume vm1 is deleted, but for its replicas in") && problems.contains("is not a Carrick store"),
-        "{problems}"
-    );
+    // Why its process can't be started is known when it was tried: until then it says that it is being started.
+    node.wait_for("both problems", |node| {
+        let problems = node.carrick(&["status"]).ok()["problems"].to_string();
+        let told = problems.contains("volume vm1 is deleted, but for its replicas in") && problems.contains("is not a Carrick store");
+        told.then_some(())
+    });
     // Its name is free meanwhile.
     node.carrick(&["volume", "create", "vm1", "--size", "2G", "--replicas", "2"]).ok();
     node.carrick(&["volume", "create", "vm2", "--size", "2G"]).fails(5, "TOO_FEW_STORES");
