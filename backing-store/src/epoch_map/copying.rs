@@ -3,7 +3,7 @@
 //! Until then their data is in memory, where reads find it. A place's data is copied from its newest overwrite; ones before
 //! that are saved, unless a running checkpoint needs them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 
 use super::journal::BatchNumber;
@@ -12,10 +12,12 @@ use super::{EpochMap, Purpose};
 use crate::buffer::{Buffer, SharedBuffer};
 use crate::disk::{Disk, DiskBlock, DiskWork};
 
-/// Copying begins when so many blocks wait (8 MiB), unless something asks for it before, and goes on to half as many: waiting
-/// saves copies of what is overwritten again.
-const BEGIN: usize = 2048;
-const END: usize = 1024;
+/// Copying begins when more blocks than that wait (4 MiB), unless something asks for it before: waiting saves copies of what is
+/// overwritten again.
+const LEFT_WAITING: usize = 1024;
+/// For each so many more, one more I/O is under way. So copying settles at the rate of overwrites, beside them: a disk that gets
+/// hundreds of copies at once lets the journal wait for all of them.
+const WAITING_PER_COPY: usize = 64;
 /// Changes wait when so many blocks wait to be copied (32 MiB of memory).
 const BLOCKS_MAX: usize = 8192;
 /// I/Os at once, and blocks of one.
@@ -33,6 +35,14 @@ struct Pending {
     cancelled: bool,
 }
 
+/// Copies of neighbours: one I/O.
+#[derive(Debug)]
+struct Run {
+    at: DiskBlock,
+    blocks: Vec<(DiskBlock, BatchNumber)>,
+    pieces: Vec<SharedBuffer>,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Copying {
     blocks: NumberMap<DiskBlock, Pending>,
@@ -41,8 +51,10 @@ pub(super) struct Copying {
     owed: BTreeMap<BatchNumber, usize>,
     /// Copies that have ended and are not yet on stable media.
     copied: Vec<BatchNumber>,
+    /// What is copied next, and how many blocks that is.
+    runs: VecDeque<Run>,
+    in_runs: usize,
     in_flight: usize,
-    running: bool,
     /// Everything is to be copied now.
     pub(super) eager: bool,
 }
@@ -126,22 +138,43 @@ impl Copying {
         copied.iter().for_each(|batch| self.settle(*batch));
     }
 
-    /// The next blocks to copy, by place.
-    fn take_due(&mut self, synced: BatchNumber) -> Vec<(DiskBlock, BatchNumber, SharedBuffer)> {
+    /// How many I/Os may be under way.
+    fn in_flight_max(&self, urgent: bool) -> usize {
+        let waiting = self.queue.len() + self.in_runs;
+        if urgent { IN_FLIGHT_MAX } else { (waiting.saturating_sub(LEFT_WAITING) / WAITING_PER_COPY).min(IN_FLIGHT_MAX) }
+    }
+
+    /// The next copies. Their data is on stable media in the journal.
+    fn take_run(&mut self, synced: BatchNumber) -> Option<Run> {
+        if self.runs.is_empty() {
+            self.sort_due(synced);
+        }
+        let run = self.runs.pop_front()?;
+        self.in_runs -= run.blocks.len();
+        Some(run)
+    }
+
+    /// Makes runs of the oldest blocks, by place.
+    fn sort_due(&mut self, synced: BatchNumber) {
         let blocks = &self.blocks;
         let due = self.queue.iter().take_while(|(batch, _)| *batch <= synced);
         let due = due.filter(|(_, place)| blocks.get(place).is_some_and(|pending| !pending.copying)).take(SORTED);
         let mut due: Vec<_> = due.map(|(batch, place)| (*place, *batch)).collect();
         due.sort_unstable();
-        let mut taken = Vec::with_capacity(due.len());
         for (place, batch) in due {
             self.queue.remove(&(batch, place));
-            if let Some(pending) = self.blocks.get_mut(&place) {
-                pending.copying = true;
-                taken.push((place, batch, pending.data.clone()));
+            let Some(pending) = self.blocks.get_mut(&place) else { continue };
+            pending.copying = true;
+            self.in_runs += 1;
+            let data = pending.data.clone();
+            match self.runs.back_mut().filter(|run| run.blocks.len() < RUN_MAX && run.at.plus(run.blocks.len() as u64) == place) {
+                Some(run) => {
+                    run.blocks.push((place, batch));
+                    run.pieces.push(data);
+                }
+                None => self.runs.push_back(Run { at: place, blocks: vec![(place, batch)], pieces: vec![data] }),
             }
         }
-        taken
     }
 }
 
@@ -150,36 +183,20 @@ impl<D: Disk> EpochMap<D> {
         if self.poisoned.is_some() {
             return;
         }
-        let waiting = self.copying.queue.len();
-        if waiting == 0 {
+        if self.copying.queue.is_empty() && self.copying.runs.is_empty() {
             self.copying.eager = false;
         }
         let urgent = self.copying.eager || self.checkpoint.as_ref().is_some_and(|checkpoint| self.copying.has_before(checkpoint.until()));
-        self.copying.running = urgent || waiting > if self.copying.running { END } else { BEGIN };
-        if !self.copying.running {
-            return;
-        }
-        if self.copying.queue.first().is_some_and(|(batch, _)| *batch > self.journal.synced) && !self.copying.has_copied() {
+        let most = self.copying.in_flight_max(urgent);
+        if most > 0 && self.copying.queue.first().is_some_and(|(batch, _)| *batch > self.journal.synced) && !self.copying.has_copied() {
             self.journal.want_sync();
         }
-        while self.copying.in_flight < IN_FLIGHT_MAX {
-            let due = self.copying.take_due(self.journal.synced);
-            if due.is_empty() {
-                break;
-            }
-            let mut due = due.into_iter().peekable();
-            while let Some((at, batch, data)) = due.next() {
-                let (mut blocks, mut pieces) = (vec![(at, batch)], vec![data]);
-                while let Some((place, batch, data)) =
-                    due.next_if(|(place, ..)| *place == at.plus(blocks.len() as u64) && blocks.len() < RUN_MAX)
-                {
-                    blocks.push((place, batch));
-                    pieces.push(data);
-                }
-                self.counters.copied += blocks.len() as u64;
-                self.copying.in_flight += 1;
-                self.start(Purpose::Copy(blocks), DiskWork::Write { at, pieces });
-            }
+        while self.copying.in_flight < most
+            && let Some(Run { at, blocks, pieces }) = self.copying.take_run(self.journal.synced)
+        {
+            self.counters.copied += blocks.len() as u64;
+            self.copying.in_flight += 1;
+            self.start(Purpose::Copy(blocks), DiskWork::Write { at, pieces });
         }
     }
 
