@@ -20,6 +20,9 @@ const STORE: u64 = 256 << 20;
 /// How long nothing may happen, and how soon that must be: the first scrub begins a minute after the start.
 const QUIET: Duration = Duration::from_secs(5);
 const QUIET_WITHIN: Duration = Duration::from_secs(40);
+/// A ring that has ever synced keeps a worker thread, which looks every 5 s whether it may end (`WORKER_IDLE_TIMEOUT` in the kernel's
+/// io_uring/io-wq.c) and, as the last of its kind, stays. There may be one each for files and devices.
+const WORKER_WAKEUPS_MAX: u64 = 2;
 
 /// With one replica: no other could make good what this one loses.
 pub fn kills(plan: &Plan) -> Found {
@@ -74,9 +77,12 @@ pub fn idle(_: &Plan) -> Found {
         let own = wakeups_of(pid, |name| !is_worker(name))? - before.0;
         // A worker that ended takes its count along.
         let workers = wakeups_of(pid, is_worker)?.saturating_sub(before.1);
-        let (woken, requests) = (own + workers, disk.requests()? - before.2);
-        if woken == 0 && requests == 0 {
-            return Ok(format!("0 wakeups and 0 requests to the disk in 5 s, {:.0} s after the load", settled.as_secs_f32()));
+        let requests = disk.requests()? - before.2;
+        if own == 0 && workers <= WORKER_WAKEUPS_MAX && requests == 0 {
+            return Ok(format!(
+                "0 wakeups, {workers} of the kernel's workers (bound {WORKER_WAKEUPS_MAX}) and 0 requests to the disk in 5 s, {:.0} s after the load",
+                settled.as_secs_f32()
+            ));
         }
         ensure!(
             begin.elapsed() < QUIET_WITHIN,
