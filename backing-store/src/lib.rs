@@ -5,7 +5,7 @@
 
 pub mod buffer;
 pub mod checksum;
-mod dice;
+pub mod dice;
 pub mod disk;
 pub mod epoch_map;
 pub mod memory;

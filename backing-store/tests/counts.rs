@@ -11,11 +11,12 @@ mod rig;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use carrick_backing_store::dice::Dice;
 use carrick_backing_store::disk::DiskCounters;
 use carrick_backing_store::epoch_map::{Geometry, OpenOptions};
 use carrick_backing_store::{BlockIndex, ByteLength, Completion, Epoch, Operation, Outcome, ReplicaStore, Token, VolumeId};
 
-use rig::{BLOCK, Dice, Picture, Rig, extent, read, size, snapshot, volume, write};
+use rig::{BLOCK, Picture, Rig, extent, read, size, snapshot, volume, write};
 
 const MIB: u64 = 256;
 const TIB: u64 = 1 << 28;
@@ -108,7 +109,7 @@ fn a_random_overwrite_costs_little_more_than_two_blocks() {
     create(&mut rig, volume(1), blocks);
     fill(&mut rig, volume(1), blocks);
     let mut rig = reopened(rig, &OVERCOMMIT);
-    let (before, count, mut dice) = (written(&rig), 40_000, Dice(1));
+    let (before, count, mut dice) = (written(&rig), 40_000, Dice::new(1));
     overwrite(&mut rig, volume(1), 32, (0..count).map(|_| dice.below(blocks)), |_| ());
     rig.settle();
     let cost = since(&rig, &before);
@@ -136,7 +137,7 @@ fn a_random_overwrite_of_a_huge_sparse_volume_costs_a_page_more() {
     create(&mut rig, volume(1), TIB);
     overwrite(&mut rig, volume(1), 64, (0..leaves).map(at), |_| ());
     let mut rig = reopened(rig, &OVERCOMMIT);
-    let (before, count, mut dice) = (written(&rig), 30_000, Dice(1));
+    let (before, count, mut dice) = (written(&rig), 30_000, Dice::new(1));
     overwrite(&mut rig, volume(1), 32, (0..count).map(|_| at(dice.below(leaves))), |_| ());
     rig.settle();
     let cost = since(&rig, &before);
@@ -153,7 +154,7 @@ fn overwrites_after_idleness_save_copies_and_syncs_again() {
     fill(&mut rig, volume(1), 4 * MIB);
     overwrite(&mut rig, volume(1), 1, 0..10, |_| ());
     rig.settle();
-    let (before, mut dice) = (written(&rig), Dice(1));
+    let (before, mut dice) = (written(&rig), Dice::new(1));
     overwrite(&mut rig, volume(1), 1, (0..400).map(|_| dice.below(8)), |_| ());
     let cost = since(&rig, &before);
     println!("400 overwrites of 8 blocks after idleness: {cost:?}");
@@ -167,7 +168,7 @@ fn a_read_with_a_warm_map_is_one_read_of_the_disk() {
     create(&mut rig, volume(1), blocks);
     fill(&mut rig, volume(1), blocks);
     let mut rig = reopened(rig, &OVERCOMMIT);
-    let mut dice = Dice(1);
+    let mut dice = Dice::new(1);
     let mut reads = |rig: &mut Rig, count: u64| {
         let before = rig.disk.counters();
         for _ in 0..count {
@@ -193,7 +194,7 @@ fn flushes_of_many_volumes_share_syncs() {
         }
         let mut rig = reopened(rig, &OVERCOMMIT);
         rig.disk.set_manual_completion(true);
-        let mut dice = Dice(1);
+        let mut dice = Dice::new(1);
         let mut next = |rig: &mut Rig, id: VolumeId, token: u64| {
             let operation = if token == 0 { write(id, None, 5, dice.below(4 * MIB), 1) } else { Operation::Sync };
             rig.store.submit(id, Token(token), operation);
@@ -224,7 +225,7 @@ fn a_snapshot_writes_two_blocks_at_most_whatever_the_size() {
         fill(&mut rig, volume(1), blocks);
         rig.settle();
         for (number, settled) in [(1, true), (2, false), (3, true)] {
-            let mut dice = Dice(number);
+            let mut dice = Dice::new(number);
             overwrite(&mut rig, volume(1), 32, (0..500).map(|_| dice.below(blocks)), |_| ());
             if settled {
                 rig.settle();
@@ -245,7 +246,7 @@ fn a_snapshot_writes_two_blocks_at_most_whatever_the_size() {
 #[test]
 fn what_changed_in_a_huge_volume_is_found_in_few_pages() {
     let mut rig = Rig::new(1024 * MIB, 1, &OVERCOMMIT);
-    let mut dice = Dice(1);
+    let mut dice = Dice::new(1);
     create(&mut rig, volume(1), TIB);
     let mut filled: Vec<u64> = (0..6000).map(|_| dice.below(TIB)).collect();
     filled.sort_unstable();
@@ -276,7 +277,7 @@ fn opening_a_store_with_a_full_journal_is_bounded() {
     fill(&mut rig, volume(1), blocks);
     let mut rig = reopened(rig, &OVERCOMMIT);
     rig.disk.set_manual_completion(true);
-    let (mut dice, mut most, mut round) = (Dice(1), DiskCounters::default(), 0);
+    let (mut dice, mut most, mut round) = (Dice::new(1), DiskCounters::default(), 0);
     overwrite(&mut rig, volume(1), 32, (0..10_000).map(|_| dice.below(blocks)), |rig| {
         rig.disk.complete_some();
         round += 1;

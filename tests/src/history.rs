@@ -10,9 +10,8 @@ use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, anyhow, ensure};
 use carrick_backing_store::BufferPool;
+use carrick_backing_store::dice::Dice;
 use rustix::ioctl::{Opcode, Setter, ioctl};
-
-use crate::dice::Dice;
 
 /// The kernel's `BLKDISCARD` and `BLKZEROOUT` (include/uapi/linux/fs.h), which take {offset, length}.
 const DISCARD: Opcode = 0x1277;

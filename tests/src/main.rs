@@ -1,7 +1,6 @@
 //! Runs the acceptance list of a topic on this machine's kernel, which must have ublk: `tests/acceptance TOPIC` boots one where
 //! the host has none. Prints a line per item: what was done, the figure, the bound, pass or fail.
 
-mod dice;
 mod disk;
 mod fio;
 mod first_volume;

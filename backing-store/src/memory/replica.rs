@@ -289,7 +289,7 @@ impl Replica {
     // Crashes.
 
     pub(super) fn crash(&mut self, volume: VolumeId, power_loss: PowerLoss, dice: &mut Dice, pool: &BufferPool) {
-        let whole = dice.below(self.pending.len() + 1);
+        let whole = dice.index(self.pending.len() + 1);
         for Pending { operation, .. } in self.pending.drain(..whole).collect::<Vec<_>>() {
             // Its answer reached nobody.
             drop(self.apply(volume, operation, pool));
@@ -314,7 +314,7 @@ impl Replica {
         let mut first = 0;
         while first < count {
             let last = (first + part).min(count);
-            if dice.below(2) == 1 {
+            if dice.coin() {
                 self.put(operation, first..last);
             }
             first = last;
@@ -326,7 +326,7 @@ impl Replica {
             return;
         }
         for (run, values) in std::mem::take(&mut self.unsynced).iter() {
-            if let Some(value) = values.get(dice.below(values.len() + 1)) {
+            if let Some(value) = values.get(dice.index(values.len() + 1)) {
                 self.blocks.set(run, value.clone());
             }
         }

@@ -5,11 +5,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use carrick_backing_store::dice::Dice;
 use carrick_backing_store::disk::{DiskBlock, SimulatedDisk};
 use carrick_backing_store::epoch_map::{EpochMap, Geometry, OpenOptions};
 use carrick_backing_store::{ByteLength, Content, Operation, ReplicaState, ReplicaStore, Seq, StoreError, Term};
 
-use super::rig::{BLOCK, Dice, Picture, Rig, checked, fill, path, snapshot, volume, write};
+use super::rig::{BLOCK, Picture, Rig, checked, fill, path, snapshot, volume, write};
 
 /// 8 MiB, the smallest store.
 pub const BLOCKS: u64 = 2048;
@@ -158,9 +159,7 @@ fn try_flip(disk: &SimulatedDisk, picture: &Picture, at: DiskBlock, bit: usize, 
 
 /// Which bits of a structure are tried.
 fn bits(is_first: bool, all: bool, dice: &mut Dice) -> Vec<usize> {
-    let mut one_in = |step: usize| -> Vec<usize> {
-        (0..BLOCK).step_by(step).map(|byte| byte * 8 + usize::try_from(dice.below(8 * step as u64)).unwrap()).collect()
-    };
+    let mut one_in = |step: usize| -> Vec<usize> { (0..BLOCK).step_by(step).map(|byte| byte * 8 + dice.index(8 * step)).collect() };
     match (all, is_first) {
         (true, true) => (0..BLOCK * 8).collect(),
         (true, false) => one_in(1),
@@ -184,14 +183,14 @@ fn a_flipped_bit_is_repaired_or_told() {
     for kind in ["superblock", "catalog", "bits", "leaf", "inner", "batch", "payload", "data"] {
         assert!(structures.get(kind).is_some_and(|places| !places.is_empty()), "no {kind} was found");
     }
-    let mut dice = Dice(2);
+    let mut dice = Dice::new(2);
     let mut work = Vec::new();
     for (kind, places) in &structures {
         for (number, at) in places.iter().enumerate() {
             if *kind != "data" {
                 work.extend(bits(number == 0, all, &mut dice).into_iter().map(|bit| (*kind, *at, bit)));
             } else if number % 4 == 0 {
-                work.push((*kind, *at, usize::try_from(dice.below(BLOCK as u64 * 8)).unwrap()));
+                work.push((*kind, *at, dice.index(BLOCK * 8)));
             }
         }
     }

@@ -8,12 +8,13 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
+use carrick_backing_store::dice::Dice;
 use carrick_backing_store::disk::{DiskBlock, SimulatedDisk};
 use carrick_backing_store::epoch_map::Geometry;
 use carrick_backing_store::{BlockIndex, Epoch, Operation, ReplicaSpec, ReplicaStore, Token};
 
 use super::flips::{BLOCKS, options, store, structures};
-use super::rig::{BLOCK, Dice, Map, Picture, Rig, checked, extent, size, snapshot, volume, write};
+use super::rig::{BLOCK, Map, Picture, Rig, checked, extent, size, snapshot, volume, write};
 
 type Block = [u8; BLOCK];
 
@@ -166,15 +167,15 @@ impl Forger<'_> {
 fn mutation(dice: &mut Dice, start: usize, end: usize) -> impl Fn(&mut Block) + use<> {
     let changes: Vec<(usize, usize, u64)> = (0..1 + dice.below(3))
         .map(|_| {
-            let at = start + usize::try_from(dice.below((end - start) as u64)).unwrap();
-            let length = [1, 1, 2, 4, 5, 8][usize::try_from(dice.below(6)).unwrap()];
+            let at = start + dice.index(end - start);
+            let length = [1, 1, 2, 4, 5, 8][dice.index(6)];
             let value = match dice.below(6) {
                 0 => 0,
                 1 => u64::MAX,
                 2 => 1 << dice.below(64),
                 3 => dice.below(256),
                 4 => dice.below(BLOCKS * 2),
-                _ => dice.next(),
+                _ => dice.number(),
             };
             (at, length, value)
         })
@@ -189,7 +190,7 @@ fn mutation(dice: &mut Dice, start: usize, end: usize) -> impl Fn(&mut Block) + 
 
 fn forge(forger: &Forger<'_>, dice: &mut Dice) -> String {
     let leaves = &forger.original.leaves;
-    let mut pick = |places: &[DiskBlock]| usize::try_from(dice.below(places.len() as u64)).unwrap();
+    let mut pick = |places: &[DiskBlock]| dice.index(places.len());
     let (leaf, inner, batch) = (pick(leaves), pick(&forger.original.inner), pick(&forger.original.batches));
     match dice.below(7) {
         0 => {
@@ -363,7 +364,7 @@ fn run(seeds: std::ops::Range<u64>, case: fn(u64, &Original) -> String) {
 
 fn forged(seed: u64, original: &Original) -> (SimulatedDisk, String, Dice) {
     let disk = original.disk.fork();
-    let mut dice = Dice(seed);
+    let mut dice = Dice::new(seed);
     let what = forge(&Forger { disk: &disk, original }, &mut dice);
     (disk, what, dice)
 }
@@ -446,13 +447,13 @@ fn a_place_outside_the_data_area_is_never_written_to() {
 fn garbage_is_refused_or_reported() {
     run(seeds(500), |seed, original| {
         let disk = original.disk.fork();
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         for _ in 0..1 + dice.below(4) {
             let bound = if dice.below(2) == 0 { BLOCKS } else { 1500 };
             let at = dice.below(bound);
             let mut block = original.disk.content(DiskBlock::new(if dice.below(2) == 0 { at } else { dice.below(BLOCKS) }));
             if dice.below(2) == 0 {
-                let from = usize::try_from(dice.below(BLOCK as u64)).unwrap();
+                let from = dice.index(BLOCK);
                 block[from..].iter_mut().for_each(|byte| *byte = u8::try_from(dice.below(256)).unwrap());
             }
             disk.overwrite(DiskBlock::new(at), &block[..]);

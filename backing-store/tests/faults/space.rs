@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use carrick_backing_store::dice::Dice;
 use carrick_backing_store::disk::{DiskBlock, SimulatedDisk};
 use carrick_backing_store::epoch_map::{Geometry, OpenOptions};
 use carrick_backing_store::{ByteLength, Operation, ReplicaStore, StoreError, StoreUsage, VolumeId};
 
-use super::rig::{BLOCK, Dice, Picture, Rig, make, snapshot, volume};
+use super::rig::{BLOCK, Picture, Rig, make, snapshot, volume};
 
 const MIB: u64 = 256;
 const FIRM: OpenOptions = OpenOptions { cache: ByteLength::new(0), overcommit: false };
@@ -44,7 +45,7 @@ fn fill_with_snapshots(rig: &mut Rig, id: VolumeId, blocks: u64, dice: &mut Dice
         for _ in 0..12 {
             let count = 1 + dice.below(64);
             let first = dice.below(blocks - count);
-            if is_full(rig.write(id, dice.next() | 1, first, count)) {
+            if is_full(rig.write(id, dice.number() | 1, first, count)) {
                 return made;
             }
         }
@@ -78,7 +79,7 @@ fn full_store(overcommit: bool, seed: u64) {
     let what = format!("overcommit {overcommit}, seed {seed}");
     println!("{what}");
     let options = if overcommit { OVERCOMMIT } else { FIRM };
-    let mut dice = Dice(seed);
+    let mut dice = Dice::new(seed);
     let store = 20 * MIB + dice.below(20) * MIB;
     let mut rig = Rig::new(store, seed, &options);
     rig.disk.set_discards(seed.is_multiple_of(2));
@@ -107,7 +108,7 @@ fn full_store(overcommit: bool, seed: u64) {
         }
         let mut left = snapshots;
         while !left.is_empty() {
-            let gone = left.remove(usize::try_from(dice.below(left.len() as u64)).unwrap());
+            let gone = left.remove(dice.index(left.len()));
             rig.delete_snapshot(id, snapshot(gone)).unwrap_or_else(|error| panic!("{what}: deleting a snapshot: {error}"));
         }
         // As it was.
@@ -147,7 +148,7 @@ fn a_full_store_can_delete_its_volumes() {
         let overcommit = seed % 2 == 0;
         let what = format!("seed {seed}");
         let options = if overcommit { OVERCOMMIT } else { FIRM };
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         let mut rig = Rig::new(24 * MIB, seed, &options);
         rig.create(volume(9), 64).unwrap();
         rig.write(volume(9), 3, 0, 64).unwrap();
@@ -185,7 +186,7 @@ fn promises_and_the_reserve_hold() {
     let error = rig.ask(volume(1), Operation::Expand { size: super::rig::size(size + free / 2) }).unwrap_err();
     assert!(matches!(error, StoreError::NoSpace { .. }), "{error}");
     // The first takes what it can by snapshots.
-    let mut dice = Dice(7);
+    let mut dice = Dice::new(7);
     for first in (0..size - 64).step_by(64) {
         rig.write(volume(1), 1, first, 64).unwrap();
     }
@@ -221,7 +222,7 @@ fn large_overwrites_go_on_beside_a_volume_whose_snapshots_took_all() {
         }
     }
     rig.settle();
-    fill_with_snapshots(&mut rig, volume(1), 2 * MIB, &mut Dice(1));
+    fill_with_snapshots(&mut rig, volume(1), 2 * MIB, &mut Dice::new(1));
     for round in 2..10 {
         for first in (0..2 * MIB).step_by(64) {
             rig.write(volume(2), round, first, 64).unwrap_or_else(|error| panic!("round {round}, block {first}: {error}"));
@@ -347,7 +348,7 @@ fn a_crash_on_a_full_file_system_takes_no_space_away() {
         let what = format!("seed {seed}");
         let disk = thin(400 * MIB, 140 * MIB, seed, false);
         let mut rig = Rig::open(disk, Picture::default(), &OVERCOMMIT).unwrap();
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         rig.create(volume(1), 300 * MIB).unwrap();
         rig.create(volume(2), 2 * MIB).unwrap();
         rig.write(volume(2), 9, 0, 100).unwrap();

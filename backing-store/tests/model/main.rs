@@ -10,7 +10,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that finds no value has found a failure")]
 
 mod content;
-mod dice;
 mod expected;
 mod map;
 mod picture;

@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::time::Duration;
 
+use carrick_backing_store::dice::Dice;
 use carrick_backing_store::disk::SimulatedDisk;
 use carrick_backing_store::epoch_map::{CheckOptions, EpochMap, FormatOptions, OpenOptions, check, dump, format};
 use carrick_backing_store::{ByteLength, ReplicaStore, StoreId};
 
-use super::dice::Dice;
 use super::subject::Subject;
 
 /// 48 MiB: small enough that places are used again and again.
@@ -22,7 +22,7 @@ pub struct Map {
 impl Map {
     pub fn new(seed: u64) -> Self {
         let mut dice = Dice::new(seed ^ 0x6d61_7000);
-        let disk = SimulatedDisk::new(BLOCKS, dice.next());
+        let disk = SimulatedDisk::new(BLOCKS, dice.number());
         disk.set_discards(dice.once_in(2));
         Self { dice, disk, formatted: false }
     }

@@ -4,12 +4,12 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::BorrowedFd;
 
+use carrick_backing_store::dice::Dice;
 use carrick_backing_store::{
     Completion, MemoryStore, OpenedReplica, Operation, ReplicaSpec, ReplicaStore, SnapshotId, SnapshotInfo, StoreError, StoreId,
     StoreUsage, Token, VolumeId,
 };
 
-use super::dice::Dice;
 use super::subject::Subject;
 
 /// What a store may do wrong.
@@ -89,7 +89,7 @@ impl Subject for Prefix {
     fn advance(&mut self, store: &mut PrefixStore) {
         if !store.due.is_empty() {
             // In any order, but those of a volume among themselves: sequences complete in order.
-            let place = usize::try_from(self.dice.below(store.due.len() as u64)).unwrap();
+            let place = self.dice.index(store.due.len());
             let volume = store.due[place].volume;
             let first = store.due.iter().position(|completion| completion.volume == volume).unwrap();
             store.handed_out.extend(store.due.remove(first));
@@ -122,7 +122,7 @@ impl Subject for Prefix {
     fn power_cut(&mut self, mut store: PrefixStore, seed: u64) {
         let mut dice = Dice::new(seed);
         for (volume, mut operations) in std::mem::take(&mut store.since) {
-            operations.truncate(usize::try_from(dice.below(operations.len() as u64 + 1)).unwrap());
+            operations.truncate(dice.index(operations.len() + 1));
             if self.lie == Lie::Gap && operations.len() > 1 {
                 operations.remove(operations.len() / 2);
             }

@@ -28,7 +28,7 @@ impl<S: Subject> World<S> {
     }
 
     fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[usize::try_from(self.dice.below(choices.len() as u64)).unwrap()]
+        choices[self.dice.index(choices.len())]
     }
 
     pub fn random_step(&mut self) {

@@ -1,8 +1,7 @@
 //! What is tested: a store, and the ways in which it can end.
 
+use carrick_backing_store::dice::Dice;
 use carrick_backing_store::{MemoryStore, Operation, PowerLoss, ReplicaStore, StoreId, Token};
-
-use super::dice::Dice;
 
 /// A store under test, with whatever lies below it. Everything in it depends on nothing but the seed that it was made with.
 pub trait Subject {
@@ -55,9 +54,9 @@ impl Subject for Memory {
     }
 
     fn advance(&mut self, store: &mut MemoryStore) {
-        let ready = store.ready().len() as u64;
+        let ready = store.ready().len();
         if ready > 0 {
-            store.complete_one(usize::try_from(self.dice.below(ready)).unwrap());
+            store.complete_one(self.dice.index(ready));
         }
     }
 

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use carrick_backing_store::dice::Dice;
 use carrick_backing_store::{
     OpenedReplica, Operation, Outcome, ReplicaSpec, ReplicaStore, SnapshotId, StoreError, Token, VolumeId, VolumeSize,
 };
 
 use super::content;
-use super::dice::Dice;
 use super::expected::Expected;
 use super::reference::{Reference, opened};
 use super::subject::Subject;
@@ -275,7 +275,7 @@ impl<S: Subject> World<S> {
         if end == End::Close {
             self.drain();
         }
-        let seed = self.dice.next();
+        let seed = self.dice.number();
         self.say(&format!("{end:?} with {} in flight", self.in_flight.len()));
         let store = self.store.take().unwrap();
         match end {

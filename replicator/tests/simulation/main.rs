@@ -7,7 +7,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that finds no value has found a failure")]
 
 mod checker;
-mod dice;
 mod world;
 
 use std::time::{Duration, Instant};

@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
+use carrick_backing_store::dice::Dice;
 use carrick_backing_store::{
     BlockIndex, BufferPool, ByteLength, ByteOffset, Extent, MemoryStore, Operation, Outcome, PowerLoss, ReadData, ReplicaSpec,
     ReplicaStore, StoreId, Term, Token, VolumeId, VolumeSize,
@@ -20,7 +21,6 @@ use carrick_replicator::time::Monotonic;
 use carrick_replicator::wire::Frame;
 
 use crate::checker::{Checker, SECTOR, sector_bytes};
-use crate::dice::Dice;
 
 /// Microseconds of virtual time.
 type Micros = u64;
@@ -329,9 +329,9 @@ impl World {
                 if machine.stopped.is_some() {
                     return self.machines[replica].stopped.as_mut().unwrap().push(Event::Complete(replica));
                 }
-                let ready = machine.store.ready().len() as u64;
+                let ready = machine.store.ready().len();
                 if ready > 0 {
-                    let index = usize::try_from(self.dice.below(ready)).unwrap();
+                    let index = self.dice.index(ready);
                     machine.store.complete_one(index);
                 }
             }
@@ -623,13 +623,13 @@ impl World {
             replica_timeout: Duration::from_millis(1500),
             // Small, so that replicas fall behind.
             backlog_bytes: 256 << 10,
-            seed: self.dice.next(),
+            seed: self.dice.number(),
         };
         let mut engine = Engine::new(config, self.pool.clone(), self.monotonic());
         // The kernel issues what was in flight again, in no particular order.
         let mut again: Vec<(RequestTag, Pending)> = self.pending.iter().map(|(tag, pending)| (*tag, pending.clone())).collect();
         while !again.is_empty() {
-            let index = usize::try_from(self.dice.below(again.len() as u64)).unwrap();
+            let index = self.dice.index(again.len());
             let (tag, pending) = again.swap_remove(index);
             engine.submit(self.monotonic(), tag, pending.request);
         }
@@ -643,7 +643,7 @@ impl World {
         }
         let next = 5 * MILLISECOND + self.dice.skewed(3 * SECOND);
         self.schedule(self.now + next, Event::Fault);
-        let index = usize::try_from(self.dice.below(self.machines.len() as u64)).unwrap();
+        let index = self.dice.index(self.machines.len());
         match self.dice.below(12) {
             0..=2 => self.kill_replica(index, PowerLoss::No),
             3..=4 => self.stop_replica(index),
@@ -680,7 +680,7 @@ impl World {
         self.note(format!("replica {index} is killed, power lost: {power:?}"));
         let machine = &mut self.machines[index];
         machine.stopped = None;
-        let seed = self.dice.next();
+        let seed = self.dice.number();
         machine.store.crash(power, seed);
         let broken = std::mem::take(&mut machine.connections);
         for connection in broken {
@@ -710,7 +710,7 @@ impl World {
         for index in 0..self.machines.len() {
             self.kill_replica(index, PowerLoss::Yes);
             // Those that were dead already lose what was not on stable media all the same.
-            let seed = self.dice.next();
+            let seed = self.dice.number();
             self.machines[index].store.crash(PowerLoss::Yes, seed);
         }
         self.checker.power_fails();

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use carrick_backing_store::VolumeId;
+use carrick_backing_store::dice::Dice;
 use rustix::process::Signal;
 
 use super::Plan;
-use crate::dice::Dice;
 use crate::disk::Disk;
 use crate::fio::Fio;
 use crate::history::History;
@@ -112,8 +112,7 @@ fn kill_at_random(site: &mut Site, fio: &mut Fio, dice: &mut Dice, kills: usize)
         match dice.below(5) {
             0..=2 => {
                 let pids = site.pids("replica")?;
-                let index = usize::try_from(dice.below(pids.len().max(1) as u64))?;
-                if let Some(pid) = pids.get(index) {
+                if let Some(pid) = pids.get(dice.index(pids.len())) {
                     signal(*pid, Signal::KILL)?;
                     replicas += 1;
                 }

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use carrick_backing_store::BufferPool;
+use carrick_backing_store::dice::Dice;
 
-use crate::dice::Dice;
 use crate::history::{ZERO_OUT, change_range};
 
 const BLOCK: u64 = 4096;

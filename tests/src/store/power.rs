@@ -8,6 +8,7 @@ use std::thread::{self, sleep};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail, ensure};
+use carrick_backing_store::dice::Dice;
 use carrick_backing_store::disk::{Access, StorePlace};
 use carrick_backing_store::epoch_map::{EpochMap, OpenOptions};
 use carrick_backing_store::{ByteLength, ByteOffset, Completion, Extent, Operation, Outcome, ReadData, ReplicaStore, Token};
@@ -17,7 +18,6 @@ use super::devices::Loop;
 use super::log_writes::{Log, LogWrites};
 use super::numbered::Numbered;
 use super::program::{check, replica};
-use crate::dice::Dice;
 use crate::report::{Found, Plan};
 use crate::site::{Site, path_text};
 

@@ -5,11 +5,11 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use carrick_backing_store::dice::Dice;
 use rustix::process::Signal;
 
 use super::devices::Loop;
 use super::program::{check, replica};
-use crate::dice::Dice;
 use crate::disk::Disk;
 use crate::first_volume::chaos::{traffic, verifying_load};
 use crate::first_volume::idle::wakeups_of;

@@ -178,13 +178,13 @@ impl Medium {
                 0 => {}
                 1 => survivor = *found.now,
                 2 => {
-                    let count = dice.below(found.layers.len() + 1);
+                    let count = dice.index(found.layers.len() + 1);
                     found.layers[..count].iter().for_each(|layer| overlay(&mut survivor, &layer.bytes, layer.sectors));
                 }
                 _ => {
                     for sector in sectors_of(WHOLE) {
                         let values: Vec<&Layer> = found.layers.iter().filter(|layer| layer.sectors & 1 << sector != 0).collect();
-                        if let Some(layer) = values.get(dice.below(values.len() + 1)) {
+                        if let Some(layer) = values.get(dice.index(values.len() + 1)) {
                             overlay(&mut survivor, &layer.bytes, 1 << sector);
                         }
                     }

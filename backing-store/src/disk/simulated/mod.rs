@@ -142,7 +142,7 @@ impl SimulatedDisk {
     pub fn complete_some(&self) {
         let mut state = self.state();
         let count = state.in_flight.len();
-        for _ in 0..state.dice.below(count + 1) {
+        for _ in 0..state.dice.index(count + 1) {
             state.complete_any();
         }
     }

@@ -96,7 +96,7 @@ fn blocks_of(pieces: &[SharedBuffer]) -> impl Iterator<Item = &[u8]> {
 
 fn shuffle<T>(things: &mut [T], dice: &mut Dice) {
     for index in (1..things.len()).rev() {
-        things.swap(index, dice.below(index + 1));
+        things.swap(index, dice.index(index + 1));
     }
 }
 
@@ -168,7 +168,7 @@ impl State {
     }
 
     pub(super) fn complete_any(&mut self) {
-        let index = self.dice.below(self.in_flight.len());
+        let index = self.dice.index(self.in_flight.len());
         self.complete(index);
     }
 
@@ -242,7 +242,7 @@ impl State {
             sectors = torn(count, &mut self.dice);
             result = Err(broken());
         } else if mem::take(&mut self.faults.short) {
-            let whole = self.dice.below(count);
+            let whole = self.dice.index(count);
             sectors.iter_mut().skip(whole).for_each(|set| *set = 0);
             sectors[whole] = (1 << self.dice.below(8)) - 1;
             result = Err(io::ErrorKind::WriteZero.into());

@@ -5,6 +5,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use carrick_backing_store::dice::Dice;
 use carrick_backing_store::disk::{Access, RingDisk, StorePlace};
 use carrick_backing_store::epoch_map::{EpochMap, OpenOptions};
 use carrick_backing_store::{
@@ -28,6 +29,8 @@ const FLUSH_EACH: u64 = 32;
 const BETWEEN_SNAPSHOTS: u64 = 64;
 /// Writes made ahead by the thread that computes their checksums: that is a target's work, not a store's.
 const AHEAD: usize = 128;
+/// Of the places and the data, so that each run is the same.
+const SEED: u64 = 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Load {
@@ -67,7 +70,7 @@ pub fn bench(arguments: &BenchArguments) -> anyhow::Result<()> {
     let operations = match arguments.load {
         Load::Fill => bench.fill()?,
         Load::RandomRead => {
-            let mut dice = Dice::new();
+            let mut dice = Dice::new(SEED);
             bench.run(limit, DEPTH, |bench| bench.read(dice.below(blocks), 1))?
         }
         Load::Read => {
@@ -212,7 +215,7 @@ impl Bench {
 }
 
 fn random_writes(blocks: u64) -> Receiver<Write> {
-    let mut dice = Dice::new();
+    let mut dice = Dice::new(SEED);
     writes(std::iter::repeat_with(move || (dice.below(blocks), 1)))
 }
 
@@ -239,31 +242,11 @@ fn writes(places: impl Iterator<Item = (u64, u64)> + Send + 'static) -> Receiver
 /// 2 MiB that nothing compresses.
 fn noise() -> SharedBuffer {
     let mut noise = BufferPool::new(0).take(2 << 20);
-    let mut dice = Dice::new();
-    noise.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&dice.next().to_le_bytes()));
+    let mut dice = Dice::new(SEED);
+    noise.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&dice.number().to_le_bytes()));
     noise.share()
 }
 
 fn extent(first: u64, count: u64) -> anyhow::Result<Extent> {
     Extent::new(BlockIndex::new(first).offset(), ByteLength::new(count * u64::from(BLOCK_SIZE))).context("an extent beyond all volumes")
-}
-
-/// Where the next operation goes: xorshift64 (Marsaglia, Xorshift RNGs, 2003).
-struct Dice(u64);
-
-impl Dice {
-    const fn new() -> Self {
-        Self(0x9e37_79b9_7f4a_7c15)
-    }
-
-    const fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    const fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
 }
