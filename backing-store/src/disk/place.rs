@@ -91,6 +91,7 @@ impl StorePlace {
 
     fn kind(&self) -> Result<Kind, StoreError> {
         match fs::metadata(&self.path) {
+            Ok(found) if found.is_dir() && self.path.join(OLD_SUPERBLOCK).exists() => Err(StoreError::OldFormat(self.path.clone())),
             Ok(found) if found.is_dir() => Ok(Kind::Folder),
             Ok(found) if found.file_type().is_block_device() => Ok(Kind::Device),
             Ok(_) => Err(self.not_a_store("it is neither a folder nor a block device")),
@@ -103,9 +104,9 @@ impl StorePlace {
     /// missing) it is not a store before [`StorePlace::publish`].
     ///
     /// # Errors
-    /// [`StoreError::Occupied`] if there is something already; [`StoreError::StoreSize`]; [`StoreError::NoSpace`] if all of it
-    /// is to be written and there isn't enough; [`StoreError::InUse`], [`StoreError::DeviceInUse`],
-    /// [`StoreError::Unsupported`]; I/O.
+    /// [`StoreError::Occupied`] or [`StoreError::OldFormat`] if there is something already; [`StoreError::StoreSize`];
+    /// [`StoreError::NoSpace`] if all of it is to be written and there isn't enough; [`StoreError::InUse`],
+    /// [`StoreError::DeviceInUse`], [`StoreError::Unsupported`]; I/O.
     pub fn create(&self, options: &PlaceOptions) -> Result<RingDisk, StoreError> {
         let kind = self.kind()?;
         if let Some(size) = options.size {
@@ -144,7 +145,7 @@ impl StorePlace {
     /// Opens the disk of a store. Whether it is one, its first block tells.
     ///
     /// # Errors
-    /// [`StoreError::NotAStore`] if it can't be one; [`StoreError::InUse`], [`StoreError::DeviceInUse`]; I/O.
+    /// [`StoreError::NotAStore`] if it can't be one; [`StoreError::OldFormat`]; [`StoreError::InUse`], [`StoreError::DeviceInUse`]; I/O.
     pub fn open(&self, access: Access) -> Result<RingDisk, StoreError> {
         let mut options = OpenOptions::new();
         options.read(true).write(access == Access::Exclusive);
@@ -173,9 +174,7 @@ impl StorePlace {
 
     /// Why there is no store in the folder.
     fn what_instead(&self) -> &'static str {
-        if self.path.join(OLD_SUPERBLOCK).exists() {
-            "carrick-store is of a development version whose format is no longer read; make a new store elsewhere"
-        } else if self.path.join(BLOCKS_UNFINISHED).exists() {
+        if self.path.join(BLOCKS_UNFINISHED).exists() {
             "its formatting was interrupted; format it again"
         } else {
             "there is no file blocks in it; format it first"
@@ -242,14 +241,8 @@ impl StorePlace {
         for entry in fs::read_dir(&self.path).map_err(self.failed("list"))? {
             names.push(entry.map_err(self.failed("list"))?.file_name());
         }
-        let is_there = |wanted: &str| names.iter().any(|name| name == wanted);
-        if is_there(BLOCKS) {
+        if names.iter().any(|name| name == BLOCKS) {
             return Err(self.occupied("it is a Carrick store already, and formatting would lose it"));
-        }
-        if is_there(OLD_SUPERBLOCK) {
-            let reason =
-                "it is already a store (carrick-store) of a development version whose format is no longer read; give an empty folder";
-            return Err(self.occupied(reason));
         }
         // A fresh file system, and what an interrupted format leaves.
         match names.iter().find(|name| *name != "lost+found" && *name != BLOCKS_UNFINISHED) {

@@ -75,8 +75,8 @@ fn folders_that_cannot_be_served_are_refused_in_a_sentence() {
     let old = folder.path().join("old");
     fs::create_dir(&old).unwrap();
     fs::write(old.join("carrick-store"), "of the first format").unwrap();
-    for command in ["serve", "show", "format"] {
-        fails(&[&command, &old], 1, &[old.to_str().unwrap(), "made by an earlier Carrick", "rebuilt"]);
+    for (command, code) in [("format", 1), ("serve", 1), ("show", 1), ("dump", 1), ("check", 2)] {
+        fails(&[&command, &old], code, &[old.to_str().unwrap(), "made by an earlier Carrick", "rebuilt"]);
     }
     assert!(!run_dir.exists(), "nothing was made for stores that can't be served");
 }

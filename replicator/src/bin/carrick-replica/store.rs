@@ -11,8 +11,6 @@ use serde_json::json;
 
 use super::{FormatArguments, print_json};
 
-/// What the folder of a store of the first format has in it.
-const OLD_SUPERBLOCK: &str = "carrick-store";
 /// How long a store that is in use is waited for. The kernel keeps the disk of a killed process until its last I/O has ended; whoever
 /// is started in its place shall not fail for that.
 const IN_USE_LIMIT: Duration = Duration::from_secs(3);
@@ -21,7 +19,6 @@ const TRY_AGAIN: Duration = Duration::from_millis(5);
 
 pub(crate) fn format(arguments: &FormatArguments) -> anyhow::Result<()> {
     let FormatArguments { store: path, size, prewrite, force } = arguments;
-    refuse_old(path)?;
     let place = StorePlace::new(path);
     let mut disk = place.create(&PlaceOptions { size: *size, prewrite: *prewrite, punch: false, force: *force })?;
     let store = epoch_map::format(&mut disk, path, &FormatOptions::default())?;
@@ -30,20 +27,13 @@ pub(crate) fn format(arguments: &FormatArguments) -> anyhow::Result<()> {
     print_json(&json!({ "store": store }))
 }
 
-/// Refuses a folder with a store of the format before this one, which knew no other places than folders.
-fn refuse_old(path: &Path) -> Result<(), StoreError> {
-    if path.join(OLD_SUPERBLOCK).exists() { Err(StoreError::OldFormat(path.to_path_buf())) } else { Ok(()) }
-}
-
 /// Opens the disk of a store for looking at it, also while it is served.
 pub(crate) fn open_to_look(path: &Path) -> Result<RingDisk, StoreError> {
-    refuse_old(path)?;
     StorePlace::new(path).open(Access::ReadOnly)
 }
 
 /// Opens the disk of a store for us alone.
 pub(crate) fn open_exclusively(path: &Path) -> Result<RingDisk, StoreError> {
-    refuse_old(path)?;
     let place = StorePlace::new(path);
     let until = Instant::now() + IN_USE_LIMIT;
     loop {
