@@ -568,12 +568,4 @@ pub enum StoreError {
          replicas be rebuilt on it"
     )]
     OldFormat(PathBuf),
-    /// The file system can't do what the store needs.
-    #[error("the file system of {path} can't {action}: put the store on ext4, XFS or tmpfs")]
-    Unsupported {
-        /// Where.
-        path: PathBuf,
-        /// What it can't.
-        action: &'static str,
-    },
 }

@@ -13,6 +13,7 @@ use rustix::fs::{FlockOperation, flock, statvfs};
 use rustix::io::Errno;
 
 use crate::buffer::BufferPool;
+use crate::epoch_map::MAGIC;
 use crate::store::StoreError;
 use crate::units::{BLOCK_SIZE, ByteLength};
 
@@ -30,8 +31,6 @@ const BLOCKS_UNFINISHED: &str = "blocks.new";
 const OLD_SUPERBLOCK: &str = "carrick-store";
 /// Sizes are multiples of this, and so much of a device must be empty. In bytes.
 const UNIT: u64 = 1 << 20;
-/// What a store begins with.
-const MAGIC: [u8; 8] = *b"CARRICK\x01";
 /// How many writes of [`UNIT`] are under way while a store is written over with zeros: enough to keep a disk busy.
 const PREWRITES: u64 = 8;
 
@@ -106,7 +105,7 @@ impl StorePlace {
     /// # Errors
     /// [`StoreError::Occupied`] or [`StoreError::OldFormat`] if there is something already; [`StoreError::StoreSize`];
     /// [`StoreError::NoSpace`] if all of it is to be written and there isn't enough; [`StoreError::InUse`],
-    /// [`StoreError::DeviceInUse`], [`StoreError::Unsupported`]; I/O.
+    /// [`StoreError::DeviceInUse`]; I/O.
     pub fn create(&self, options: &PlaceOptions) -> Result<RingDisk, StoreError> {
         let kind = self.kind()?;
         if let Some(size) = options.size {

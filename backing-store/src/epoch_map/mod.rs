@@ -74,6 +74,7 @@ pub use check::{CheckOptions, CheckReport, Fault, check};
 pub use dump::dump;
 pub use open::{Contents, FormatOptions, OpenOptions, format, look};
 pub use superblock::Geometry;
+pub(crate) use superblock::MAGIC;
 
 /// Free buffer memory that is kept while there is load, in bytes.
 const POOL_KEEP: usize = 16 << 20;
