@@ -42,8 +42,6 @@ pub struct PlaceOptions {
     pub size: Option<ByteLength>,
     /// Whether all of it is written over with zeros at once: then no space can be wanting later, and no first write is slow.
     pub prewrite: bool,
-    /// Whether a file gives discarded blocks back to its file system.
-    pub punch: bool,
     /// Whether a device that isn't empty is taken all the same. Its first MiB is cleared.
     pub force: bool,
 }
@@ -229,9 +227,7 @@ impl StorePlace {
             }
             result => result.map_err(self.failed("size the new store in"))?,
         }
-        let mut disk = self.disk(file)?;
-        disk.punch_holes(options.punch);
-        Ok(disk)
+        self.disk(file)
     }
 
     /// Refuses a folder with anything in it.

@@ -137,9 +137,8 @@ fn a_size_is_checked_rounded_and_by_default_the_file_systems() {
 fn a_store_written_in_advance_needs_no_more_space() {
     let folder = tempfile::tempdir().unwrap();
     let place = StorePlace::new(folder.path());
-    let disk = place.create(&PlaceOptions { prewrite: true, punch: true, ..options() }).unwrap();
+    let disk = place.create(&PlaceOptions { prewrite: true, ..options() }).unwrap();
     assert_eq!(disk.preparable().unwrap(), None);
-    assert!(disk.wants_discards());
     assert!(fs::read(folder.path().join("blocks.new")).unwrap().iter().all(|byte| *byte == 0));
 }
 

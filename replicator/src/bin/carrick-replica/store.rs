@@ -20,7 +20,7 @@ const TRY_AGAIN: Duration = Duration::from_millis(5);
 pub(crate) fn format(arguments: &FormatArguments) -> anyhow::Result<()> {
     let FormatArguments { store: path, size, prewrite, force } = arguments;
     let place = StorePlace::new(path);
-    let mut disk = place.create(&PlaceOptions { size: *size, prewrite: *prewrite, punch: false, force: *force })?;
+    let mut disk = place.create(&PlaceOptions { size: *size, prewrite: *prewrite, force: *force })?;
     let store = epoch_map::format(&mut disk, path, &FormatOptions::default())?;
     // While we have the lock: nobody else makes another store in its place.
     place.publish()?;
