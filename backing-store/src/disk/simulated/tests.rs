@@ -67,6 +67,13 @@ impl User {
     }
 }
 
+/// What is left if the power goes now.
+fn cut(disk: &SimulatedDisk, seed: u64) -> SimulatedDisk {
+    let fork = disk.fork();
+    fork.power_cut(seed);
+    fork
+}
+
 /// The bytes that a block's sectors consist of.
 fn values(bytes: &[u8]) -> BTreeSet<u8> {
     bytes.iter().copied().collect()
@@ -89,11 +96,7 @@ fn a_loss_of_power_leaves_any_value_since_the_last_sync_and_nothing_else() {
     user.write(3, 6).unwrap();
     let (mut seen, mut torn) = (BTreeSet::new(), 0);
     for seed in 0..200 {
-        let mut after = User::new(&{
-            let fork = disk.fork();
-            fork.power_cut(seed);
-            fork.reopen()
-        });
+        let mut after = User::new(&cut(&disk, seed).reopen());
         let found = values(&after.read(3).unwrap());
         torn += usize::from(found.len() > 1);
         seen.extend(found);
@@ -119,8 +122,7 @@ fn a_sync_covers_only_what_completed_before_it_was_submitted() {
     disk.complete_all();
     let mut seen = [BTreeSet::new(), BTreeSet::new(), BTreeSet::new()];
     for seed in 0..50 {
-        let fork = disk.fork();
-        fork.power_cut(seed);
+        let fork = cut(&disk, seed);
         for (block, seen) in seen.iter_mut().enumerate() {
             seen.extend(values(&*fork.content(DiskBlock::new(block as u64))));
         }
@@ -169,14 +171,7 @@ fn a_failed_sync_is_not_made_good_by_the_next() {
     assert_eq!(user.sync().unwrap_err().raw_os_error(), Some(Errno::IO.raw_os_error()));
     user.write(1, 2).unwrap();
     user.sync().unwrap();
-    let found = |block| {
-        let after = |seed| {
-            let fork = disk.fork();
-            fork.power_cut(seed);
-            values(&*fork.content(DiskBlock::new(block)))
-        };
-        (0..50).map(after).collect::<BTreeSet<_>>()
-    };
+    let found = |block| (0..50).map(|seed| values(&*cut(&disk, seed).content(DiskBlock::new(block)))).collect::<BTreeSet<_>>();
     assert!(found(0).contains(&BTreeSet::from([0])), "lost in spite of the later sync");
     assert_eq!(found(1), [[2].into()].into());
     assert_eq!(values(&user.read(0).unwrap()), [1].into(), "and until then one reads it");
