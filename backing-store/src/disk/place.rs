@@ -285,7 +285,7 @@ impl StorePlace {
         match begin {
             Some(begin) if begin.starts_with(&MAGIC) => Err(self.occupied("it is a Carrick store already, and formatting would lose it")),
             Some(begin) if begin.iter().any(|byte| *byte != 0) => {
-                Err(self.occupied("its first MiB is not empty: there may be data on it; wipe it, or insist"))
+                Err(self.occupied("its first MiB is not empty: if nobody needs what is on it, use carrick-replica format --force"))
             }
             _ => Ok(()),
         }
