@@ -1,7 +1,7 @@
 //! The model test of stores: random operations on a store and on the oracle ([`carrick_backing_store::MemoryStore`]), every answer
 //! compared, with kills and losses of power in between, after which the store has to be as after a first part of what was asked.
 //!
-//! * `cargo nextest run --test model` runs new seeds for a fixed time, and all seeds that once failed.
+//! * `cargo test --release -p carrick-backing-store --test model` runs new seeds for a fixed time, and all seeds that once failed.
 //! * `CARRICK_MODEL_SECONDS=3600` makes it a soak, `CARRICK_MODEL_SEEDS=1000` runs so many. `CARRICK_MODEL_FIRST=N` says where to
 //!   begin. `CARRICK_MODEL_SEED=N` replays one run, and tells what happens in it.
 //!

@@ -1,7 +1,7 @@
 //! The seeded simulation: engine, replica sessions and the in-memory store in virtual time, with crashes, lost connections and
 //! losses of power, checked against the history of every sector.
 //!
-//! * `cargo nextest run --test simulation` runs new seeds for a fixed time, and all seeds that once failed.
+//! * `cargo test --release -p carrick-replicator --test simulation` runs new seeds for a fixed time, and all seeds that once failed.
 //! * `CARRICK_SIM_SECONDS=3600` makes it a soak. `CARRICK_SIM_SEED=N` replays one run, and tells what happened in it.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that finds no value has found a failure")]
