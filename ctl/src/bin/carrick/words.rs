@@ -90,8 +90,9 @@ fn scrub_state(scrub: &Scrub) -> String {
     if *bytes_per_second == 0 {
         return "off".into();
     }
-    let noun = if *passes == 1 { "pass" } else { "passes" };
-    format!("{passes} {noun}, {} verified, {damaged_blocks} damaged blocks", HumanSize(*verified_bytes))
+    let pass = if *passes == 1 { "pass" } else { "passes" };
+    let block = if *damaged_blocks == 1 { "block" } else { "blocks" };
+    format!("{passes} {pass}, {} verified, {damaged_blocks} damaged {block}", HumanSize(*verified_bytes))
 }
 
 /// A table of volumes.
@@ -346,6 +347,9 @@ mod tests {
         assert!(list.contains("/srv/a  poisoned  2 GiB      10 GiB"), "{list}");
         let healthy = Store { poisoned: None, ..shown };
         assert!(store(&healthy).contains("poisoned     no\n"));
+        let once = Scrub { bytes_per_second: 1, passes: 1, damaged_blocks: 1, ..Scrub::default() };
+        assert_eq!(scrub_state(&once), "1 pass, 0 B verified, 1 damaged block");
+        assert_eq!(scrub_state(&Scrub::default()), "off");
     }
 
     #[test]
