@@ -60,7 +60,7 @@ pub struct NewStore {
 
 /// What is where a store shall be.
 enum Place {
-    /// A folder without anything of anybody.
+    /// A folder with nothing of anybody's.
     EmptyFolder,
     /// One with something in it.
     Folder,
@@ -85,8 +85,10 @@ pub async fn add(context: &Context, path: &str, new: NewStore) -> Result<StoreId
         Place::Folder => tool(context, &path, &show).await?,
         Place::Device => match tool(context, &path, &show).await {
             Ok(identity) => identity,
-            // It refuses a device that isn't empty, and says more of it.
-            Err(_) => tool(context, &path, &format).await?,
+            // It refuses a device that isn't empty. If there is a store, only the first says what is wrong with it.
+            Err(shown) => {
+                tool(context, &path, &format).await.map_err(|refused| Fault { message: format!("{shown}; {refused}"), ..refused })?
+            }
         },
     };
     if let Some(known) = state.stores.get(&identity.store) {
@@ -181,9 +183,9 @@ fn look_into(path: &Path) -> Result<(PathBuf, Place), Fault> {
     let path = path.canonicalize().map_err(failed)?;
     let mut place = Place::EmptyFolder;
     for entry in path.read_dir().map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
         // What every new ext4 file system has, and what an interrupted format leaves.
-        if !["lost+found", "blocks.new"].iter().any(|name| entry.as_ref().is_ok_and(|entry| entry.file_name() == *name)) {
-            entry.map_err(failed)?;
+        if name != "lost+found" && name != "blocks.new" {
             place = Place::Folder;
         }
     }
