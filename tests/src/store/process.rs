@@ -26,7 +26,7 @@ const WORKER_WAKEUPS_MAX: u64 = 2;
 
 /// With one replica: no other could make good what this one loses.
 pub fn kills(plan: &Plan) -> Found {
-    let site = Site::with_stores(1)?;
+    let mut site = Site::with_stores(1)?;
     site.carrick(&["volume", "create", "vm1", "--size", "64M", "--replicas", "1"])?;
     let device = site.attach("vm1", &[])?;
     let stop = site.path("stop-fio");
@@ -46,9 +46,9 @@ pub fn kills(plan: &Plan) -> Found {
     ensure!(killed == wanted, "fio ended after {killed} kills of {wanted}");
     wait_for("the device to be free", SOON, || Ok(site.try_carrick(&["detach", "vm1"])?.ok().map(|_| ())))?;
     // The last process gets no chance to tidy up.
-    let last = site.pids("replica")?;
-    site.carrick(&["shutdown"])?;
-    ensure!(!last.is_empty(), "no replica at the end");
+    let last = site.pids("replica")?.first().copied().context("no replica at the end")?;
+    site.kill_daemon()?;
+    signal(last, Signal::KILL)?;
     let report = check(&site.path("store0"))?;
     Ok(format!("{killed} kills under fio verify, {}; check --data: 0 faults, {} blocks verified", traffic(&said), report["verified"]))
 }
