@@ -96,7 +96,7 @@ pub fn traffic(said: &str) -> String {
         let line = said.lines().find(|line| line.trim_start().starts_with(name)).unwrap_or_default();
         line.split_once('(')
             .and_then(|(_, rest)| rest.rsplit_once('('))
-            .map_or(String::new(), |(_, moved)| format!("{name} {}", moved.trim_end_matches(')')))
+            .map_or(String::new(), |(_, moved)| format!("{name} {}", moved.split(')').next().unwrap_or_default()))
     };
     [part("read:"), part("write:")].join(", ")
 }
