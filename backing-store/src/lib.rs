@@ -18,6 +18,6 @@ pub use checksum::{Checksum, block_checksum, zero_block_checksums};
 pub use memory::{MemoryStore, PowerLoss};
 pub use store::{
     BLOCKS_MAX, CHANGED_MAX, ChangedExtent, ChangedExtents, Completion, Content, LoggedExtents, OpenedReplica, Operation, Outcome,
-    ReadData, ReplicaSpec, ReplicaState, ReplicaStore, Scrubbed, SnapshotInfo, StoreError, StoreUsage, Token,
+    ReadData, ReplicaSpec, ReplicaState, ReplicaStore, Scrubbed, SnapshotInfo, StoreError, StoreUsage, Synced, Token,
 };
 pub use units::{BLOCK_SIZE, BlockIndex, ByteLength, ByteOffset, Epoch, Extent, Seq, SnapshotId, StoreId, Term, VolumeId, VolumeSize};

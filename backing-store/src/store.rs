@@ -35,6 +35,18 @@ pub enum Content {
     Rebuilding,
 }
 
+/// What a replica surely has, by epoch: a copy into it may leave that out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Synced {
+    /// The blocks that carry this epoch or an earlier one here are what they were for good at its end: every write of these
+    /// epochs that counts is here, and nothing else of them.
+    pub epoch: Epoch,
+    /// The blocks below this one were copied since, by a copy that was not finished.
+    pub copied: BlockIndex,
+    /// What `epoch` is for the others, for the blocks below `copied`.
+    pub copied_epoch: Epoch,
+}
+
 /// What a replica must never forget. Always written as a whole, durably, and atomically.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplicaState {
@@ -44,6 +56,8 @@ pub struct ReplicaState {
     pub log_term: Term,
     /// What the blocks are worth.
     pub content: Content,
+    /// What a copy into it may leave out.
+    pub synced: Synced,
 }
 
 /// A replica as it was found when the store was opened.
@@ -57,6 +71,8 @@ pub struct OpenedReplica {
     pub position: Seq,
     /// The writes 1..=this are on stable media.
     pub durable: Seq,
+    /// What the next write carries.
+    pub epoch: Epoch,
 }
 
 /// Ties a completion to its operation; the submitter chooses it.
@@ -107,8 +123,13 @@ pub enum Operation {
         /// Exclusive bound.
         after: Seq,
     },
-    /// Raises the volume's epoch by one: later writes carry the new one. Durable when done.
-    RaiseEpoch,
+    /// Raises the volume's epoch, if it is below: later writes carry the new one. Durable when done.
+    RaiseEpoch {
+        /// To this.
+        to: Epoch,
+        /// Raises [`Synced::epoch`] with it, if that is below.
+        synced: Epoch,
+    },
     /// Keeps the volume as it is after all writes submitted before, under this identity, then raises the epoch. Durable when
     /// done. Making the newest snapshot again changes nothing and gives the same epoch; an older one can't be made again.
     Snapshot {
@@ -375,7 +396,7 @@ impl Operation {
             Self::Sync
             | Self::SetState { .. }
             | Self::LoggedAfter { .. }
-            | Self::RaiseEpoch
+            | Self::RaiseEpoch { .. }
             | Self::Snapshot { .. }
             | Self::DeleteSnapshot { .. }
             | Self::Revert { .. }

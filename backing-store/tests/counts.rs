@@ -240,7 +240,9 @@ fn what_changed_in_a_huge_volume_is_found_in_few_pages() {
     let mut filled: Vec<u64> = (0..6000).map(|_| dice.below(TIB)).collect();
     filled.sort_unstable();
     overwrite(&mut rig, volume(1), 64, filled.into_iter(), |_| ());
-    let Ok(Outcome::Epoch(epoch)) = rig.ask(volume(1), Operation::RaiseEpoch) else { panic!("the epoch") };
+    let Ok(Outcome::Epoch(epoch)) = rig.ask(volume(1), Operation::RaiseEpoch { to: Epoch::new(2), synced: Epoch::NEVER }) else {
+        panic!("the epoch")
+    };
     let changed: BTreeSet<u64> = (0..100).map(|_| dice.below(TIB)).collect();
     overwrite(&mut rig, volume(1), 32, changed.iter().copied(), |_| ());
     let mut rig = reopened(rig, &OVERCOMMIT);

@@ -24,7 +24,7 @@ use std::process::exit;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use carrick_backing_store::{ByteLength, Content, ReplicaSpec, ReplicaState, Seq, StoreId, StoreUsage, Term};
+use carrick_backing_store::{ByteLength, Content, ReplicaSpec, ReplicaState, Seq, StoreId, StoreUsage, Synced, Term};
 use carrick_replicator::control::{
     ControlError, ControlErrorCode, MemberReport, MemberState, ReplicaAnswer, ReplicaProcessStatus, ReplicaReport, ReplicaRequest,
     RunDirectory, ScrubReport, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus, read_line, write_line,
@@ -144,7 +144,7 @@ fn replica_answer(path: &Path, run: &RunDirectory, store: StoreId, request: &Rep
     let reserved: u64 = there.iter().map(|spec| spec.size.bytes().get()).sum();
     match request {
         ReplicaRequest::Status => {
-            let state = ReplicaState { promised: Term::ZERO, log_term: Term::ZERO, content: Content::Complete };
+            let state = ReplicaState { promised: Term::ZERO, log_term: Term::ZERO, content: Content::Complete, synced: Synced::default() };
             let report = |spec| ReplicaReport { spec, state, position: Seq::ZERO, durable: Seq::ZERO, connected: false, failure: None };
             Ok(ReplicaAnswer::Status(Box::new(ReplicaProcessStatus {
                 version: "stand-in".into(),

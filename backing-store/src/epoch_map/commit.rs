@@ -143,6 +143,11 @@ impl Journal {
         self.ring
     }
 
+    /// The batch of the newest record.
+    pub(super) const fn newest(&self) -> BatchNumber {
+        if self.building.records > 0 { self.next } else { self.next.previous() }
+    }
+
     /// Where the batch being built will be looked for.
     pub(super) const fn head(&self) -> JournalHead {
         JournalHead { batch: self.next, offset: self.offset, chain: self.chain }

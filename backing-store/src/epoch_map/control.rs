@@ -31,7 +31,7 @@ impl<D: Disk> EpochMap<D> {
             ChangeKind::Logged { after } => {
                 let found = record.log.after(after, record.size);
                 // What it tells is true once the writes before are; nothing is recorded.
-                let batch = self.journal.next.previous();
+                let batch = self.journal.newest();
                 if batch <= self.journal.done {
                     self.complete(volume, token, Ok(Outcome::Logged(found)));
                 } else {
@@ -39,20 +39,22 @@ impl<D: Disk> EpochMap<D> {
                 }
                 return Verdict::Next;
             }
-            ChangeKind::RaiseEpoch => {
-                let epoch = epoch.next().unwrap_or(epoch);
-                (Record::RaiseEpoch { slot, epoch }, Outcome::Epoch(epoch), None)
+            ChangeKind::RaiseEpoch { to, synced } => {
+                let (epoch, synced) = (epoch.max(to), record.state.synced.epoch.max(synced));
+                (Record::RaiseEpoch { slot, epoch, synced: Some(synced) }, Outcome::Epoch(epoch), None)
             }
             ChangeKind::Snapshot { snapshot } => {
                 if let Some(ended) = kept(snapshot) {
-                    self.complete(volume, token, Ok(Outcome::Epoch(ended.next().unwrap_or(ended))));
+                    // It may have been made a moment ago.
+                    let outcome = Outcome::Epoch(ended.next().unwrap_or(ended));
+                    self.end_durably(self.journal.newest(), slot, token, outcome, None);
                     return Verdict::Next;
                 }
                 (Record::Snapshot { slot, snapshot, epoch }, Outcome::Epoch(epoch.next().unwrap_or(epoch)), None)
             }
             ChangeKind::DeleteSnapshot { snapshot } => {
                 if kept(snapshot).is_none() {
-                    self.complete(volume, token, Ok(Outcome::Done));
+                    self.end_durably(self.journal.newest(), slot, token, Outcome::Done, None);
                     return Verdict::Next;
                 }
                 (Record::DeleteSnapshot { slot, snapshot }, Outcome::Done, None)
@@ -89,7 +91,6 @@ impl<D: Disk> EpochMap<D> {
         let last_epoch = record.epoch.next().is_none();
         let newest = record.snapshots.iter().rev().find(|snapshot| snapshot.deleted_before.is_none()).map(|snapshot| snapshot.id);
         match &self.replicas.get(&slot)?.queue.front()?.kind {
-            ChangeKind::RaiseEpoch if last_epoch => misuse("the epochs are used up"),
             ChangeKind::Snapshot { snapshot } => {
                 let there = record.snapshot(*snapshot).is_some();
                 if there && newest != Some(*snapshot) {
@@ -123,9 +124,10 @@ impl<D: Disk> EpochMap<D> {
     pub(super) fn apply_control_record(&mut self, entry: &Record) {
         match entry {
             Record::State { slot, state, position } => self.set_state(*slot, *state, *position),
-            Record::RaiseEpoch { slot, epoch } => {
+            Record::RaiseEpoch { slot, epoch, synced } => {
                 if let Some(replica) = self.replicas.get_mut(slot) {
                     replica.record.epoch = *epoch;
+                    replica.record.state.synced.epoch = synced.unwrap_or(replica.record.state.synced.epoch);
                 }
             }
             Record::Snapshot { slot, snapshot, epoch } => self.keep_snapshot(*slot, *snapshot, *epoch),

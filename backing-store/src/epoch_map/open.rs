@@ -21,7 +21,7 @@ use super::reading::Reading;
 use super::replay::Unsaid;
 use super::replica::Replica;
 use super::space::Space;
-use super::superblock::{COPIES, FORMAT, Geometry, JournalHead, READ_ONLY_COMPATIBLE, Superblock, SuperblockError};
+use super::superblock::{COPIES, FORMAT, Geometry, JournalHead, READ_ONLY_COMPATIBLE, SYNCED_EPOCHS, Superblock, SuperblockError};
 use super::tree::Missing;
 use super::{Counters, EpochMap};
 use crate::buffer::{Buffer, BufferPool};
@@ -184,7 +184,7 @@ pub fn format<D: Disk>(disk: &mut D, path: &Path, options: &FormatOptions) -> Re
         id: options.id.unwrap_or_else(StoreId::random),
         compatible: 0,
         read_only_compatible: 0,
-        incompatible: 0,
+        incompatible: SYNCED_EPOCHS,
         geometry,
         checkpoint: 1,
         catalog_length: u32::try_from(bytes.len()).unwrap_or(u32::MAX),
@@ -232,6 +232,8 @@ impl<D: Disk> EpochMap<D> {
         store.suspect_holes();
         store.write_again(&unsaid)?;
         store.superblock.incarnation += 1;
+        // A store of before knows it from now on.
+        store.superblock.incompatible |= SYNCED_EPOCHS;
         store.write_incarnation().map_err(|source| StoreError::Io { action: "write", path: path.to_owned(), source })?;
         Ok(store)
     }

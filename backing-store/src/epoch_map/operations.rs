@@ -8,7 +8,7 @@ use super::replica::{Change, ChangeKind, Replica};
 use super::tree::Tree;
 use super::{EpochMap, OpId};
 use crate::disk::Disk;
-use crate::store::{Content, Operation, ReplicaSpec, ReplicaState, StoreError, Token};
+use crate::store::{Content, Operation, ReplicaSpec, ReplicaState, StoreError, Synced, Token};
 use crate::units::{Epoch, Seq, SnapshotId, Term, VolumeId};
 
 impl<D: Disk> EpochMap<D> {
@@ -38,7 +38,7 @@ impl<D: Disk> EpochMap<D> {
             Operation::WriteZeroes { seq, extent } => ChangeKind::Zeroes { seq, extent },
             Operation::SetState { state, position } => ChangeKind::State { state, position },
             Operation::LoggedAfter { after } => ChangeKind::Logged { after },
-            Operation::RaiseEpoch => ChangeKind::RaiseEpoch,
+            Operation::RaiseEpoch { to, synced } => ChangeKind::RaiseEpoch { to, synced },
             Operation::Snapshot { snapshot } => ChangeKind::Snapshot { snapshot },
             Operation::DeleteSnapshot { snapshot } => ChangeKind::DeleteSnapshot { snapshot },
             Operation::Revert { snapshot } => ChangeKind::Revert { snapshot },
@@ -140,7 +140,7 @@ impl<D: Disk> EpochMap<D> {
             slot,
             volume: spec.volume,
             size: spec.size,
-            state: ReplicaState { promised: Term::ZERO, log_term: Term::ZERO, content: Content::Complete },
+            state: ReplicaState { promised: Term::ZERO, log_term: Term::ZERO, content: Content::Complete, synced: Synced::default() },
             position: Seq::ZERO,
             epoch: Epoch::FIRST,
             tree: Tree::new(level),

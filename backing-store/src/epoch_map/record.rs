@@ -3,7 +3,7 @@
 use super::codec::{FormatError, Reader, Writer, count};
 use crate::checksum::Checksum;
 use crate::disk::DiskBlock;
-use crate::store::{Content, ReplicaState};
+use crate::store::{Content, ReplicaState, Synced};
 use crate::units::{BlockIndex, Epoch, Seq, SnapshotId, Term, VolumeId, VolumeSize};
 
 /// Number of a replica within a store, never used again.
@@ -88,6 +88,8 @@ pub enum Record {
         slot: Slot,
         /// To this.
         epoch: Epoch,
+        /// And with it [`Synced::epoch`]. The first stores of this format didn't say.
+        synced: Option<Epoch>,
     },
     /// A snapshot was made, and the epoch raised to the one after its own.
     Snapshot {
@@ -123,28 +125,38 @@ pub enum Record {
     },
 }
 
+/// Bit of the content's byte: what a copy may leave out is said, too. Stores made before [`super::superblock::SYNCED_EPOCHS`] don't.
+const SYNCED_FOLLOWS: u8 = 0x10;
+
 /// A state that nothing could have made is damage that slipped through the checksum, or a mistake.
 pub(super) fn write_state(writer: &mut Writer, state: &ReplicaState) {
     writer.u64(state.promised.get());
     writer.u64(state.log_term.get());
-    writer.u8(match state.content {
+    let content = match state.content {
         Content::Complete => 0,
         Content::Mixed => 1,
         Content::Rebuilding => 2,
-    });
+    };
+    writer.u8(content | SYNCED_FOLLOWS);
+    writer.u32(state.synced.epoch.get());
+    writer.u40(state.synced.copied.get());
+    writer.u32(state.synced.copied_epoch.get());
 }
 
 pub(super) fn read_state(reader: &mut Reader<'_>) -> Result<ReplicaState, FormatError> {
-    Ok(ReplicaState {
-        promised: Term::new(reader.u64()?),
-        log_term: Term::new(reader.u64()?),
-        content: match reader.u8()? {
-            0 => Content::Complete,
-            1 => Content::Mixed,
-            2 => Content::Rebuilding,
-            _ => return Err(FormatError::Field("content")),
-        },
-    })
+    let (promised, log_term, content) = (Term::new(reader.u64()?), Term::new(reader.u64()?), reader.u8()?);
+    let mut synced = Synced::default();
+    if content & SYNCED_FOLLOWS != 0 {
+        synced =
+            Synced { epoch: Epoch::new(reader.u32()?), copied: BlockIndex::new(reader.u40()?), copied_epoch: Epoch::new(reader.u32()?) };
+    }
+    let content = match content & !SYNCED_FOLLOWS {
+        0 => Content::Complete,
+        1 => Content::Mixed,
+        2 => Content::Rebuilding,
+        _ => return Err(FormatError::Field("content")),
+    };
+    Ok(ReplicaState { promised, log_term, content, synced })
 }
 
 pub(super) fn read_size(reader: &mut Reader<'_>) -> Result<VolumeSize, FormatError> {
@@ -199,7 +211,8 @@ impl Record {
             Self::State { .. } => 4,
             Self::Create { .. } => 5,
             Self::Delete { .. } => 6,
-            Self::RaiseEpoch { .. } => 7,
+            Self::RaiseEpoch { synced: None, .. } => 7,
+            Self::RaiseEpoch { synced: Some(_), .. } => 12,
             Self::Snapshot { .. } => 8,
             Self::DeleteSnapshot { .. } => 9,
             Self::Revert { .. } => 10,
@@ -241,7 +254,12 @@ impl Record {
                 }
             }
             Self::Delete { .. } => {}
-            Self::RaiseEpoch { epoch, .. } => writer.u32(epoch.get()),
+            Self::RaiseEpoch { epoch, synced, .. } => {
+                writer.u32(epoch.get());
+                if let Some(synced) = synced {
+                    writer.u32(synced.get());
+                }
+            }
             Self::Snapshot { snapshot, epoch, .. } | Self::Revert { snapshot, epoch, .. } => {
                 writer.bytes(&snapshot.to_bytes());
                 writer.u32(epoch.get());
@@ -287,11 +305,12 @@ impl Record {
                 Self::Create { slot, volume, size, origin }
             }
             6 => Self::Delete { slot },
-            7 => Self::RaiseEpoch { slot, epoch: Epoch::new(reader.u32()?) },
+            7 => Self::RaiseEpoch { slot, epoch: Epoch::new(reader.u32()?), synced: None },
             8 => Self::Snapshot { slot, snapshot: SnapshotId::from_bytes(reader.array()?), epoch: Epoch::new(reader.u32()?) },
             9 => Self::DeleteSnapshot { slot, snapshot: SnapshotId::from_bytes(reader.array()?) },
             10 => Self::Revert { slot, snapshot: SnapshotId::from_bytes(reader.array()?), epoch: Epoch::new(reader.u32()?) },
             11 => Self::Expand { slot, size: read_size(reader)? },
+            12 => Self::RaiseEpoch { slot, epoch: Epoch::new(reader.u32()?), synced: Some(Epoch::new(reader.u32()?)) },
             _ => return Err(FormatError::Field("record kind")),
         })
     }

@@ -24,7 +24,7 @@ pub(super) enum ChangeKind {
     Zeroes { seq: Option<Seq>, extent: Extent },
     State { state: ReplicaState, position: Option<Seq> },
     Logged { after: Seq },
-    RaiseEpoch,
+    RaiseEpoch { to: Epoch, synced: Epoch },
     Snapshot { snapshot: SnapshotId },
     DeleteSnapshot { snapshot: SnapshotId },
     Revert { snapshot: SnapshotId },
@@ -126,6 +126,7 @@ impl Replica {
             state: self.record.state,
             position: self.acknowledged,
             durable: self.durable,
+            epoch: self.record.epoch,
         }
     }
 

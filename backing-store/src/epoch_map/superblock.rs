@@ -9,8 +9,10 @@ use crate::units::{BLOCK_SIZE, StoreId};
 pub const MAGIC: [u8; 8] = *b"CARRICK\x01";
 /// The version of everything that this module and its neighbours write.
 pub const FORMAT: u32 = 2;
-/// Features without which a store can't be read. None yet.
-pub const INCOMPATIBLE: u64 = 0;
+/// Feature: states and epochs say what a copy into a replica may leave out.
+pub const SYNCED_EPOCHS: u64 = 1;
+/// Features without which a store can't be read.
+pub const INCOMPATIBLE: u64 = SYNCED_EPOCHS;
 /// Features without which a store can't be written, only read. None yet.
 pub const READ_ONLY_COMPATIBLE: u64 = 0;
 

@@ -28,7 +28,7 @@ impl Touch {
             Operation::Read { snapshot: Some(_), .. } | Operation::Changed { snapshot: Some(_), .. } => Self::ReadsSnapshot,
             Operation::Write { seq, extent, .. } | Operation::WriteZeroes { seq, extent } => Self::Writes(seq.is_some(), *extent),
             Operation::SetState { .. } | Operation::LoggedAfter { .. } => Self::State,
-            Operation::RaiseEpoch
+            Operation::RaiseEpoch { .. }
             | Operation::Snapshot { .. }
             | Operation::DeleteSnapshot { .. }
             | Operation::Revert { .. }

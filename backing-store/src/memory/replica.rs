@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use crate::buffer::{BufferPool, SharedBuffer};
 use crate::checksum::{Checksum, block_checksum, zero_block_checksums};
-use crate::store::{Content, LoggedExtents, OpenedReplica, Operation, Outcome, ReadData, ReplicaSpec, ReplicaState, StoreError, Token};
+use crate::store::{
+    Content, LoggedExtents, OpenedReplica, Operation, Outcome, ReadData, ReplicaSpec, ReplicaState, StoreError, Synced, Token,
+};
 use crate::units::{BLOCK_SIZE, BlockIndex, Epoch, Extent, Seq, SnapshotId, Term, VolumeId};
 
 use super::order::must_follow;
@@ -44,7 +46,7 @@ struct Pending {
 #[derive(Clone, Debug)]
 pub(super) struct Replica {
     pub(super) spec: ReplicaSpec,
-    state: ReplicaState,
+    pub(super) state: ReplicaState,
     pub(super) position: Seq,
     durable: Seq,
     /// What writes carry now.
@@ -79,7 +81,7 @@ impl Replica {
     pub(super) fn new(spec: ReplicaSpec, log_capacity: usize) -> Self {
         Self {
             spec,
-            state: ReplicaState { promised: Term::ZERO, log_term: Term::ZERO, content: Content::Complete },
+            state: ReplicaState { promised: Term::ZERO, log_term: Term::ZERO, content: Content::Complete, synced: Synced::default() },
             position: Seq::ZERO,
             durable: Seq::ZERO,
             epoch: Epoch::FIRST,
@@ -100,7 +102,7 @@ impl Replica {
     }
 
     pub(super) fn opened(&self) -> OpenedReplica {
-        OpenedReplica { spec: self.spec, state: self.state, position: self.position, durable: self.durable }
+        OpenedReplica { spec: self.spec, state: self.state, position: self.position, durable: self.durable, epoch: self.epoch }
     }
 
     pub(super) fn apply(&mut self, volume: VolumeId, operation: Operation, pool: &BufferPool) -> Result<Outcome, StoreError> {
@@ -139,7 +141,7 @@ impl Replica {
                 Ok(Outcome::StateSet)
             }
             Operation::LoggedAfter { after } => Ok(Outcome::Logged(self.logged_after(after))),
-            Operation::RaiseEpoch => self.raise_epoch().map(Outcome::Epoch),
+            Operation::RaiseEpoch { to, synced } => self.raise_epoch(to, synced).map(Outcome::Epoch),
             Operation::Snapshot { snapshot } => self.make_snapshot(snapshot).map(Outcome::Epoch),
             Operation::DeleteSnapshot { snapshot } => self.delete_snapshot(snapshot).map(|()| Outcome::Done),
             Operation::Revert { snapshot } => self.revert(snapshot).map(Outcome::Epoch),

@@ -38,11 +38,11 @@ impl Replica {
         self.epoch.next().ok_or(StoreError::Limit { path: PathBuf::from("memory"), what: "epochs", limit: u32::MAX.into() })
     }
 
-    pub(super) fn raise_epoch(&mut self) -> Result<Epoch, StoreError> {
-        let next = self.next_epoch()?;
+    pub(super) fn raise_epoch(&mut self, to: Epoch, synced: Epoch) -> Result<Epoch, StoreError> {
         self.sync(self.position)?;
-        self.epoch = next;
-        Ok(next)
+        self.epoch = self.epoch.max(to);
+        self.state.synced.epoch = self.state.synced.epoch.max(synced);
+        Ok(self.epoch)
     }
 
     pub(super) fn make_snapshot(&mut self, id: SnapshotId) -> Result<Epoch, StoreError> {
@@ -53,7 +53,7 @@ impl Replica {
             return Err(self.misuse("a snapshot that is not the newest can't be made again"));
         }
         let info = SnapshotInfo { id, epoch: self.epoch, size: self.spec.size };
-        let raised = self.raise_epoch()?;
+        let raised = self.raise_epoch(self.next_epoch()?, Epoch::NEVER)?;
         self.snapshots.push(Snapshot { info, blocks: self.blocks.clone(), clones: BTreeSet::new() });
         Ok(raised)
     }
@@ -88,7 +88,7 @@ impl Replica {
             return Err(self.misuse("only the newest snapshot can be reverted to: delete the younger ones first"));
         }
         let (since, blocks) = (snapshot.info.epoch, snapshot.blocks.clone());
-        let raised = self.raise_epoch()?;
+        let raised = self.raise_epoch(self.next_epoch()?, Epoch::NEVER)?;
         self.reverts.push((since, raised));
         self.blocks = blocks;
         Ok(raised)

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use carrick_backing_store::dice::Dice;
 use carrick_backing_store::disk::{DiskBlock, SimulatedDisk};
 use carrick_backing_store::epoch_map::{EpochMap, Geometry, OpenOptions};
-use carrick_backing_store::{ByteLength, Content, Operation, ReplicaState, ReplicaStore, Seq, StoreError, Term};
+use carrick_backing_store::{ByteLength, Content, Operation, ReplicaState, ReplicaStore, Seq, StoreError, Synced, Term};
 
 use super::rig::{BLOCK, Picture, Rig, checked, fill, path, snapshot, volume, write};
 
@@ -49,7 +49,7 @@ pub fn store() -> (SimulatedDisk, Picture) {
     rig.zero(a, 251, 2).unwrap();
     rig.flush(a).unwrap();
     rig.snapshot(b, snapshot(3)).unwrap();
-    let state = ReplicaState { promised: Term::new(9), log_term: Term::new(8), content: Content::Complete };
+    let state = ReplicaState { promised: Term::new(9), log_term: Term::new(8), content: Content::Complete, synced: Synced::default() };
     rig.ask(a, Operation::SetState { state, position: None }).unwrap();
     rig.create(volume(4), 10).unwrap();
     rig.write(volume(4), 13, 0, 10).unwrap();

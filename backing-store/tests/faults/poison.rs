@@ -5,7 +5,7 @@ use std::time::Duration;
 use carrick_backing_store::disk::{DiskCounters, SimulatedDisk};
 use carrick_backing_store::epoch_map::{Geometry, OpenOptions};
 use carrick_backing_store::{
-    BlockIndex, Content, Epoch, Operation, ReplicaSpec, ReplicaState, ReplicaStore, Seq, StoreError, Term, Token, VolumeId,
+    BlockIndex, Content, Epoch, Operation, ReplicaSpec, ReplicaState, ReplicaStore, Seq, StoreError, Synced, Term, Token, VolumeId,
 };
 
 use super::rig::{Answer, Rig, disk_blocks, extent, read, size, snapshot, volume, write};
@@ -99,7 +99,7 @@ fn burst(rig: &mut Rig) -> Vec<(Token, Operation)> {
             burst.push((rig.submit(id, operation.clone()), operation));
         }
     }
-    for operation in [Operation::Sync, Operation::RaiseEpoch, write(volume(2), None, 999, 1000, 3), read(0, 64), Operation::Sync] {
+    for operation in [Operation::Sync, raise_epoch(), write(volume(2), None, 999, 1000, 3), read(0, 64), Operation::Sync] {
         burst.push((rig.submit(volume(2), operation.clone()), operation));
     }
     rig.picture.put_perhaps(volume(2), 999, 1000, 3);
@@ -162,7 +162,7 @@ fn is_copied(rig: &Rig) -> bool {
 }
 
 fn everything(id: VolumeId) -> Vec<Operation> {
-    let state = ReplicaState { promised: Term::new(5), log_term: Term::new(5), content: Content::Complete };
+    let state = ReplicaState { promised: Term::new(5), log_term: Term::new(5), content: Content::Complete, synced: Synced::default() };
     vec![
         write(id, None, 700, 0, 1),
         write(id, None, 700, 0, 64),
@@ -170,7 +170,7 @@ fn everything(id: VolumeId) -> Vec<Operation> {
         Operation::WriteZeroes { seq: None, extent: extent(0, 512) },
         Operation::Sync,
         Operation::SetState { state, position: Some(Seq::new(7)) },
-        Operation::RaiseEpoch,
+        raise_epoch(),
         Operation::Snapshot { snapshot: snapshot(9) },
         Operation::DeleteSnapshot { snapshot: snapshot(1) },
         Operation::Revert { snapshot: snapshot(1) },
@@ -213,6 +213,10 @@ fn stays_poisoned(rig: &mut Rig, strike: Strike, what: &str) {
     }
     assert_eq!(rig.disk.alarm(), None, "{what}: it sleeps");
     assert_eq!(changes(&rig.disk), before, "{what}: nothing is ever written again");
+}
+
+fn raise_epoch() -> Operation {
+    Operation::RaiseEpoch { to: Epoch::new(1000), synced: Epoch::FIRST }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use carrick_backing_store::dice::Dice;
 use carrick_backing_store::disk::SimulatedDisk;
 use carrick_backing_store::epoch_map::{Geometry, OpenOptions};
-use carrick_backing_store::{ByteLength, Operation, ReplicaStore, StoreError, StoreUsage, VolumeId};
+use carrick_backing_store::{ByteLength, Epoch, Operation, ReplicaStore, StoreError, StoreUsage, VolumeId};
 
 use super::rig::{BLOCK, Picture, Rig, make, snapshot, volume};
 
@@ -61,7 +61,7 @@ fn goes_on(rig: &mut Rig, id: VolumeId, other: VolumeId, what: &str) {
         }
     };
     ok(rig.flush(id), "flush");
-    ok(rig.ask(id, Operation::RaiseEpoch).map(drop), "raising the epoch");
+    ok(rig.ask(id, Operation::RaiseEpoch { to: Epoch::new(1000), synced: Epoch::NEVER }).map(drop), "raising the epoch");
     ok(rig.zero(id, 10, 30), "zeros");
     ok(rig.zero(other, 100, 40), "zeros of another volume");
     ok(rig.snapshot(other, snapshot(251)), "a snapshot of another volume");

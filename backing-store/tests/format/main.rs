@@ -1,8 +1,8 @@
-//! A store that was made by an older program must open for ever. `v2/store` is one, with a journal that was never replayed, and
-//! `v2/content.txt` tells what is in it.
+//! A store that was made by an older program must open for ever. Each folder beside this file has one in `store`, with a journal that
+//! was never replayed, and in `content.txt` what is in it. They never change.
 //!
-//! They never change, unless the format does before its first release: then
-//! `cargo test --release -p carrick-backing-store --test format regenerate -- --ignored` makes them anew.
+//! When the format does, `cargo test --release -p carrick-backing-store --test format generate -- --ignored` makes the store of a
+//! new [`TODAY`].
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that finds no value has found a failure")]
 
@@ -17,7 +17,7 @@ use carrick_backing_store::disk::{DiskBlock, SimulatedDisk};
 use carrick_backing_store::epoch_map::OpenOptions;
 use carrick_backing_store::{
     BlockIndex, Content, Epoch, Extent, LoggedExtents, Operation, Outcome, ReadData, ReplicaState, ReplicaStore, Seq, SnapshotId,
-    StoreError, Term, VolumeId,
+    StoreError, Synced, Term, VolumeId,
 };
 
 use rig::{BLOCK, Picture, Rig, checked, extent, fill, size, snapshot, volume, write};
@@ -29,8 +29,11 @@ fn options() -> OpenOptions {
     OpenOptions { overcommit: true, ..OpenOptions::default() }
 }
 
-fn file(name: &str) -> PathBuf {
-    [env!("CARGO_MANIFEST_DIR"), "tests", "format", "v2", name].iter().collect()
+/// What this program writes.
+const TODAY: &str = "v2-synced";
+
+fn file(version: &str, name: &str) -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "tests", "format", version, name].iter().collect()
 }
 
 // The file: each block that is not all zeros, as its number (8 bytes) and its bytes; those as runs: a count (2 bytes, little-endian,
@@ -99,7 +102,10 @@ fn build() -> SimulatedDisk {
     rig::make(&disk);
     let mut rig = Rig::open(disk, Picture::default(), &options()).unwrap();
     let [a, b, c, d] = [1, 2, 3, 4].map(volume);
-    let state = |promised, content| ReplicaState { promised: Term::new(promised), log_term: Term::new(promised - 1), content };
+    let state = |promised, content| {
+        let synced = Synced { epoch: Epoch::new(3), copied: BlockIndex::new(300), copied_epoch: Epoch::new(4) };
+        ReplicaState { promised: Term::new(promised), log_term: Term::new(promised - 1), content, synced }
+    };
     rig.create(a, 600).unwrap();
     rig.create(b, 40).unwrap();
     rig.create(c, 300_000).unwrap();
@@ -135,7 +141,7 @@ fn build() -> SimulatedDisk {
     rig.ask(c, Operation::SetState { state: state(4, Content::Rebuilding), position: Some(Seq::new(77)) }).unwrap();
     rig.ask(c, Operation::Expand { size: size(400_000) }).unwrap();
     rig.ask(c, write(c, None, 12, 399_990, 10)).unwrap();
-    rig.ask(c, Operation::RaiseEpoch).unwrap();
+    rig.ask(c, Operation::RaiseEpoch { to: Epoch::new(2), synced: Epoch::FIRST }).unwrap();
     rig.write(c, 13, 299_999, 1).unwrap();
     rig.snapshot(b, snapshot(4)).unwrap();
     rig.write(b, 14, 0, 12).unwrap();
@@ -201,6 +207,11 @@ fn describe(rig: &mut Rig) -> String {
         let (position, durable) = (opened.position, opened.durable);
         writeln!(text, "\nvolume {id}: {size} blocks, promised {promised}, log term {log_term}, {:?}", state.content).unwrap();
         writeln!(text, "  position {position}, durable {durable}").unwrap();
+        if let Synced { epoch, copied, copied_epoch } = state.synced
+            && state.synced != Synced::default()
+        {
+            writeln!(text, "  epoch {}, synced {epoch}, {copied} blocks of {copied_epoch}", opened.epoch).unwrap();
+        }
         for after in [0, 99, 100, 101, 105, 106] {
             let logged = match rig.ask(id, Operation::LoggedAfter { after: Seq::new(after) }) {
                 Ok(Outcome::Logged(LoggedExtents::Forgotten)) => " forgotten".to_owned(),
@@ -227,12 +238,21 @@ fn describe(rig: &mut Rig) -> String {
 
 #[test]
 fn a_store_of_format_2_opens_for_ever() {
-    let packed = std::fs::read(file("store")).unwrap();
+    opens("v2");
+}
+
+#[test]
+fn a_store_that_says_what_is_synced_opens_for_ever() {
+    opens("v2-synced");
+}
+
+fn opens(version: &str) {
+    let packed = std::fs::read(file(version, "store")).unwrap();
     let disk = unpack(&packed);
     assert_eq!(pack(&disk), packed);
     let report = checked(&disk).unwrap();
     assert!(report.is_clean() && report.batches > 10, "{report:?}");
-    let expected = std::fs::read_to_string(file("content.txt")).unwrap();
+    let expected = std::fs::read_to_string(file(version, "content.txt")).unwrap();
     let mut rig = Rig::open(disk.clone(), Picture::default(), &options()).unwrap();
     let found = describe(&mut rig);
     assert!(found == expected, "found:\n{found}\nexpected:\n{expected}");
@@ -256,14 +276,14 @@ fn a_store_of_format_2_opens_for_ever() {
 
 #[test]
 #[ignore = "writes the fixture anew"]
-fn regenerate() {
+fn generate() {
     let disk = build();
     let packed = pack(&disk);
     assert!(packed.len() < 200 << 10, "{} bytes", packed.len());
-    std::fs::create_dir_all(file("")).unwrap();
-    std::fs::write(file("store"), &packed).unwrap();
+    std::fs::create_dir(file(TODAY, "")).unwrap();
+    std::fs::write(file(TODAY, "store"), &packed).unwrap();
     let mut rig = Rig::open(disk, Picture::default(), &options()).unwrap();
-    std::fs::write(file("content.txt"), describe(&mut rig)).unwrap();
+    std::fs::write(file(TODAY, "content.txt"), describe(&mut rig)).unwrap();
     println!("{} bytes", packed.len());
 }
 
@@ -271,5 +291,5 @@ fn regenerate() {
 #[test]
 fn todays_store_has_the_same_content() {
     let mut rig = Rig::open(build(), Picture::default(), &options()).unwrap();
-    assert_eq!(describe(&mut rig), std::fs::read_to_string(file("content.txt")).unwrap());
+    assert_eq!(describe(&mut rig), std::fs::read_to_string(file(TODAY, "content.txt")).unwrap());
 }

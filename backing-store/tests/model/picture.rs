@@ -198,6 +198,8 @@ pub fn head_difference(
         Some(format!("the position is {}, not {}", subject.0.position, oracle.0.position))
     } else if expected != subject.0.state {
         Some(format!("the state is {:?}, not {expected:?}", subject.0.state))
+    } else if oracle.0.epoch != subject.0.epoch {
+        Some(format!("the epoch is {}, not {}", subject.0.epoch, oracle.0.epoch))
     } else if oracle.1 != subject.1 {
         Some(format!("the snapshots are {:?}, not {:?}", subject.1, oracle.1))
     } else {

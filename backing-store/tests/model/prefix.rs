@@ -187,7 +187,7 @@ impl ReplicaStore for PrefixStore {
         use Operation::{Changed, LoggedAfter, RaiseEpoch, Read, Scrub, Snapshot, Sync, Write, WriteZeroes};
         let forgotten = match operation {
             Sync => self.lie == Lie::Sync,
-            RaiseEpoch => self.lie == Lie::Epoch,
+            RaiseEpoch { .. } => self.lie == Lie::Epoch,
             _ => matches!(operation, Read { .. } | Changed { .. } | Scrub { .. } | LoggedAfter { .. } | Write { .. } | WriteZeroes { .. }),
         };
         let since = self.since.entry(volume).or_default();

@@ -99,10 +99,7 @@ pub fn opened(store: &MemoryStore, volume: VolumeId) -> Option<OpenedReplica> {
 
 /// The epoch that a volume's next write carries.
 pub fn epoch(store: &MemoryStore, volume: VolumeId) -> u32 {
-    match run(&mut store.fork(), volume, Operation::RaiseEpoch) {
-        Ok(Outcome::Epoch(next)) => next.get() - 1,
-        other => panic!("{other:?}"),
-    }
+    opened(store, volume).unwrap().epoch.get()
 }
 
 fn picture(store: &mut MemoryStore, volume: VolumeId, epochs: u32) -> Picture {
@@ -267,8 +264,8 @@ impl Reference {
         let acknowledged = track.queue.iter().rposition(|issued| issued.acknowledged).map_or(0, |index| index + 1);
         let least = if power_cut { track.covered } else { acknowledged.max(track.covered) };
         let (all, mut reasons) = (track.queue.len(), Vec::new());
-        // How many operations, and the epoch after them.
-        let mut fits: Vec<(usize, u32)> = Vec::new();
+        // After how many operations it would look so.
+        let mut fits: Vec<usize> = Vec::new();
         let mut store = self.base.fork();
         for count in 0..=all {
             if count >= least {
@@ -276,7 +273,7 @@ impl Reference {
                 let reason = head_difference(head, (subject.opened, &subject.snapshots), power_cut)
                     .or_else(|| picture(&mut store, volume, epochs).difference(&subject, track.reverted, power_cut));
                 match reason {
-                    None => fits.push((count, epoch(&store, volume))),
+                    None => fits.push(count),
                     Some(reason) => reasons.push(format!("after {count} of {all} operations: {reason}")),
                 }
             }
@@ -290,19 +287,8 @@ impl Reference {
             return Err(format!("position {}, durable {}, but {told} was told", found.position, found.durable));
         }
         let mut summary = format!("{least}..={all} operations can be there; as {fits:?}");
-        let kept = if let Some((count, _)) = fits.first().copied() {
-            // Only the epoch can differ between those that look alike, and only the next one shows it.
-            let probe = fits.iter().any(|fit| fit.1 != fits[0].1).then(|| ask(Operation::RaiseEpoch));
-            let mut kept = track.queue[..count].to_vec();
-            if let Some(probe) = probe {
-                let Ok(Outcome::Epoch(raised)) = probe else { return Err(format!("RaiseEpoch answers {probe:?}")) };
-                let right = fits.iter().find(|fit| fit.1 + 1 == raised.get());
-                let Some((count, _)) = right else { return Err(format!("the next epoch is {raised}; possible are {fits:?}")) };
-                kept = track.queue[..*count].to_vec();
-                kept.push(Issued { token: Token(0), operation: Operation::RaiseEpoch, acknowledged: true });
-                track.covered = kept.len();
-            }
-            kept
+        let kept = if let Some(count) = fits.first().copied() {
+            track.queue[..count].to_vec()
         } else if power_cut {
             return Err(reasons.join("\n"));
         } else {

@@ -1,7 +1,7 @@
 //! What happens in a run: one step after the other, by chance.
 
 use carrick_backing_store::{
-    BLOCKS_MAX, BlockIndex, Content, Epoch, Extent, Operation, ReplicaSpec, ReplicaState, Seq, SnapshotId, Term, VolumeId,
+    BLOCKS_MAX, BlockIndex, Content, Epoch, Extent, Operation, ReplicaSpec, ReplicaState, Seq, SnapshotId, Synced, Term, VolumeId,
 };
 
 use super::content;
@@ -51,7 +51,7 @@ impl<S: Subject> World<S> {
             90..=119 => self.read(volume),
             120..=129 => self.submit(volume, Operation::Sync),
             130..=132 => self.set_state(volume),
-            133..=137 => self.submit(volume, Operation::RaiseEpoch),
+            133..=137 => self.raise_epoch(volume),
             138..=147 => self.snapshot(volume),
             148..=153 => self.delete_snapshot(volume),
             154..=157 => self.revert(volume),
@@ -121,13 +121,23 @@ impl<S: Subject> World<S> {
 
     fn set_state(&mut self, volume: VolumeId) {
         let content = self.pick(&[Content::Complete, Content::Mixed, Content::Rebuilding]);
-        let state = ReplicaState { promised: Term::new(self.number), log_term: Term::new(self.dice.below(1 << 40)), content };
+        let mut some_epoch = || Epoch::new(u32::try_from(self.dice.below(100)).unwrap());
+        let synced = Synced { epoch: some_epoch(), copied_epoch: some_epoch(), copied: BlockIndex::new(self.dice.below(1 << 40)) };
+        let state = ReplicaState { promised: Term::new(self.number), log_term: Term::new(self.dice.below(1 << 40)), content, synced };
         let position = match self.dice.below(20) {
             0 => Some(Seq::new(u64::MAX)),
             1..=9 => Some(Seq::new(self.dice.below(1000))),
             _ => None,
         };
         self.submit(volume, Operation::SetState { state, position });
+    }
+
+    /// Mostly to the next.
+    fn raise_epoch(&mut self, volume: VolumeId) {
+        let present = epoch(&self.reference.live, volume);
+        let to = Epoch::new(present + self.pick(&[0, 1, 1, 1, 2]));
+        let synced = Epoch::new(u32::try_from(self.dice.below(u64::from(present) + 1)).unwrap());
+        self.submit(volume, Operation::RaiseEpoch { to, synced });
     }
 
     /// One that was never there.

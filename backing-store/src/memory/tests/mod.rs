@@ -4,7 +4,7 @@ mod snapshots;
 
 use super::*;
 use crate::checksum::block_checksum;
-use crate::store::{Content, LoggedExtents, Outcome, ReadData, ReplicaState};
+use crate::store::{Content, LoggedExtents, Outcome, ReadData, ReplicaState, Synced};
 use crate::units::{ByteOffset, Extent, Seq, Term, VolumeSize};
 
 const VOLUME: VolumeId = VolumeId::from_bytes([7; 16]);
@@ -105,7 +105,7 @@ fn a_loss_of_power_keeps_what_was_synced_and_either_side_of_the_rest() {
 fn a_state_survives_a_loss_of_power_and_an_idle_replica_stays_complete() {
     let mut store = store();
     run(&mut store, write(Some(1), 0, 1, 5)).unwrap();
-    let state = ReplicaState { promised: Term::new(9), log_term: Term::new(8), content: Content::Complete };
+    let state = ReplicaState { promised: Term::new(9), log_term: Term::new(8), content: Content::Complete, synced: Synced::default() };
     run(&mut store, Operation::SetState { state, position: Some(Seq::new(40)) }).unwrap();
     store.crash(PowerLoss::Yes, 3);
     let opened = store.replicas()[0];

@@ -26,6 +26,10 @@ fn epoch(store: &mut MemoryStore, operation: Operation) -> u32 {
     }
 }
 
+fn raise(to: u32) -> Operation {
+    Operation::RaiseEpoch { to: Epoch::new(to), synced: Epoch::NEVER }
+}
+
 fn snapshot(store: &mut MemoryStore, name: u8) -> u32 {
     epoch(store, Operation::Snapshot { snapshot: id(name) })
 }
@@ -87,7 +91,7 @@ fn blocks_remember_the_epoch_of_their_last_write() {
     assert_eq!(changed(&mut store, 0, None), []);
     run(&mut store, write(None, 2, 3, 5)).unwrap();
     run(&mut store, zeroes(4, 3)).unwrap();
-    assert_eq!(epoch(&mut store, Operation::RaiseEpoch), 2);
+    assert_eq!(epoch(&mut store, raise(2)), 2);
     run(&mut store, write(None, 3, 1, 6)).unwrap();
     run(&mut store, write(None, 9, 1, 6)).unwrap();
     assert_eq!(changed(&mut store, 0, None), [(2, 2, false), (4, 3, true), (9, 1, false)]);
@@ -133,7 +137,7 @@ fn making_the_newest_snapshot_again_changes_nothing_and_an_older_one_is_a_mistak
     let mut store = store();
     assert_eq!(snapshot(&mut store, 1), 2);
     run(&mut store, write(None, 0, 1, 5)).unwrap();
-    assert_eq!(epoch(&mut store, Operation::RaiseEpoch), 3);
+    assert_eq!(epoch(&mut store, raise(3)), 3);
     assert_eq!(snapshot(&mut store, 1), 2);
     assert_eq!(read_of(&mut store, VOLUME, Some(1), 0, 1), [0]);
     assert_eq!(snapshot(&mut store, 2), 4);
@@ -184,9 +188,9 @@ fn a_revert_goes_to_the_newest_snapshot_only() {
 fn what_a_revert_took_back_is_forgotten_and_said_to_be() {
     let mut store = store();
     snapshot(&mut store, 1);
-    epoch(&mut store, Operation::RaiseEpoch);
+    epoch(&mut store, raise(3));
     run(&mut store, write(None, 0, 1, 5)).unwrap();
-    assert_eq!(epoch(&mut store, Operation::RaiseEpoch), 4);
+    assert_eq!(epoch(&mut store, raise(4)), 4);
     assert_eq!(revert(&mut store, 1), 5);
     assert_eq!(snapshot(&mut store, 2), 6);
     assert_eq!(revert(&mut store, 2), 7);
@@ -206,7 +210,7 @@ fn a_clone_begins_as_the_snapshot_and_keeps_it_there() {
     let mut store = store();
     run(&mut store, write(None, 0, 2, 5)).unwrap();
     run(&mut store, zeroes(4, 1)).unwrap();
-    epoch(&mut store, Operation::RaiseEpoch);
+    epoch(&mut store, raise(2));
     snapshot(&mut store, 1);
     run(&mut store, write(None, 0, 1, 6)).unwrap();
     assert!(matches!(store.clone_snapshot(OTHER, id(1), spec(CLONE, BLOCKS)), Err(StoreError::UnknownVolume(_))));
@@ -222,7 +226,7 @@ fn a_clone_begins_as_the_snapshot_and_keeps_it_there() {
     assert_eq!((blank.position, blank.state.content), (Seq::ZERO, Content::Complete));
     assert_eq!(changed_on(&mut store, CLONE, 1, None, 0).unwrap().extents, []);
     assert_eq!(changed_on(&mut store, CLONE, 0, None, 0).unwrap().extents.len(), 2);
-    assert!(matches!(run_on(&mut store, CLONE, Operation::RaiseEpoch), Ok(Outcome::Epoch(epoch)) if epoch == Epoch::new(4)));
+    assert!(matches!(run_on(&mut store, CLONE, raise(4)), Ok(Outcome::Epoch(epoch)) if epoch == Epoch::new(4)));
     assert!(matches!(delete(&mut store, 1), Err(StoreError::SnapshotInUse { .. })));
     assert!(matches!(store.delete(VOLUME), Err(StoreError::SnapshotInUse { .. })));
     store.delete(CLONE).unwrap();
@@ -301,7 +305,7 @@ fn usage_counts_shared_blocks_once_and_promises_the_rest() {
 #[test]
 fn control_operations_put_on_stable_media_what_came_before() {
     let operations: [fn() -> Operation; 5] = [
-        || Operation::RaiseEpoch,
+        || raise(9),
         || Operation::Snapshot { snapshot: id(2) },
         || Operation::DeleteSnapshot { snapshot: id(1) },
         || Operation::Revert { snapshot: id(1) },
@@ -317,8 +321,8 @@ fn control_operations_put_on_stable_media_what_came_before() {
         store.crash(PowerLoss::Yes, 1);
         assert_eq!((store.replicas(), store.snapshots(VOLUME).unwrap()), (before, snapshots));
         store.fail_next_sync(VOLUME);
-        assert!(matches!(run(&mut store, Operation::RaiseEpoch), Err(StoreError::Io { .. })));
-        assert!(matches!(run(&mut store, Operation::RaiseEpoch), Err(StoreError::Poisoned(_))));
+        assert!(matches!(run(&mut store, raise(9)), Err(StoreError::Io { .. })));
+        assert!(matches!(run(&mut store, raise(9)), Err(StoreError::Poisoned(_))));
     }
 }
 
