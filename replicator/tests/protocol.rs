@@ -3,12 +3,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that finds no value has found a failure")]
 
 use carrick_backing_store::{
-    BLOCK_SIZE, BufferPool, ByteLength, ByteOffset, Content, Extent, LoggedExtents, Seq, StoreId, Term, VolumeId, VolumeSize,
-    block_checksum,
+    BLOCK_SIZE, BlockIndex, BufferPool, ByteLength, ByteOffset, Content, Epoch, Extent, LoggedExtents, Seq, StoreId, Synced, Term,
+    VolumeId, VolumeSize, block_checksum,
 };
 use carrick_replicator::wire::{
-    Body, DATA_LENGTH_MAX, ErrorBody, ErrorCode, Flags, Frame, HEADER_LENGTH, Header, Hello, HelloAnswer, Kind, LogAnswer, RequestId,
-    StatusAnswer, WireError,
+    Body, ChangedAnswer, DATA_LENGTH_MAX, ErrorBody, ErrorCode, Flags, Frame, HEADER_LENGTH, Header, Hello, HelloAnswer, Kind, LogAnswer,
+    RequestId, StatusAnswer, WireError,
 };
 use proptest::prelude::*;
 
@@ -93,7 +93,10 @@ fn every_kind_and_message_survives_the_way() {
         durable: Seq::new(3),
         size: VolumeSize::new(8192).unwrap(),
         content: Content::Mixed,
+        epoch: Epoch::new(12),
+        synced: Synced { epoch: Epoch::new(10), copied: BlockIndex::new(77), copied_epoch: Epoch::new(11) },
     };
+    let changed = ChangedAnswer { extents: vec![extent(0, 4096), extent(8192, 4096)], next: Some(ByteOffset::new(12288)) };
     let hello = HelloAnswer { version: 1, features_incompatible: 0, features_compatible: 6, store: StoreId::from_bytes([9; 16]) };
     let log = LogAnswer { extents: LoggedExtents::All(vec![extent(0, 4096), extent(8192, 4096)]) };
     for kind in Kind::ALL.iter().copied() {
@@ -103,6 +106,7 @@ fn every_kind_and_message_survives_the_way() {
             Kind::HelloAnswer => Frame::new(header, Body::HelloAnswer(hello)),
             Kind::StatusAnswer | Kind::PromiseAnswer => Frame::new(header, Body::Status(status)),
             Kind::LogAnswer => Frame::new(header, Body::Log(log.clone())),
+            Kind::ChangedAnswer => Frame::new(header, Body::Changed(changed.clone())),
             Kind::Error => Frame::error(&header, ErrorCode::NoSpace, "é".repeat(2000)),
             Kind::Write | Kind::CopyWrite | Kind::ReadAnswer => data_frame(&pool, kind, 4096, &[9; 8192]),
             Kind::WriteZeroes | Kind::Discard | Kind::Read | Kind::CopyZeroes => Frame::range(header, extent(4096, 8192)),
@@ -118,6 +122,7 @@ fn every_kind_and_message_survives_the_way() {
             (Body::HelloAnswer(got), Body::HelloAnswer(sent)) => assert_eq!(got, sent),
             (Body::Hello(got), Body::Hello(sent)) => assert_eq!(got, sent),
             (Body::Log(got), Body::Log(sent)) => assert_eq!(got, sent),
+            (Body::Changed(got), Body::Changed(sent)) => assert_eq!(got, sent),
             (Body::Error(got), Body::Error(sent)) => {
                 assert_eq!(got.code, sent.code);
                 assert!(sent.text.starts_with(&got.text) && got.text.len() == 1024, "cut at a character's border");

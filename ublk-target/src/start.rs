@@ -5,7 +5,6 @@ use std::path::{self, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
 
 use carrick_backing_store::{BufferPool, VolumeId};
 use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory, TargetAnswer, TargetConfig};
@@ -20,9 +19,6 @@ use crate::process;
 use crate::progress::Progress;
 use crate::service::{self, Service};
 
-/// I7's default.
-const REPLICA_TIMEOUT: Duration = Duration::from_millis(1500);
-const BACKLOG_BYTES: u64 = 64 << 20;
 /// Free buffers kept under load; all are given back when nothing happens.
 const POOL_KEEP: usize = 16 << 20;
 
@@ -143,14 +139,7 @@ fn serve(
     progress: Progress,
 ) -> Result<(), PrimaryError> {
     let pool = BufferPool::new(POOL_KEEP);
-    let engine = EngineConfig {
-        volume: config.volume,
-        size: config.size,
-        members: config.replicas.len(),
-        replica_timeout: REPLICA_TIMEOUT,
-        backlog_bytes: BACKLOG_BYTES,
-        seed: Uuid::new_v4().as_u64_pair().0,
-    };
+    let engine = EngineConfig::new(config.volume, config.size, config.replicas.len(), Uuid::new_v4().as_u64_pair().0);
     let endpoints = config.replicas.iter().map(|replica| replica.endpoint.clone()).collect();
     let mut primary = Primary::new(engine, endpoints, pool.clone(), options.insecure)?;
     primary.run(&mut TargetFrontEnd::new(config, mailboxes, notices, progress, pool))

@@ -229,14 +229,7 @@ fn a_superseded_target_ends_and_leaves_its_requests_to_the_kernel() {
     let mut load = fio(mount.path(), 6);
     wait_for("requests", || machine.status().unwrap().requests_in_flight > 0);
 
-    let config = EngineConfig {
-        volume: machine.config.volume,
-        size: machine.config.size,
-        members: 3,
-        replica_timeout: Duration::from_millis(1500),
-        backlog_bytes: 64 << 20,
-        seed: 1,
-    };
+    let config = EngineConfig::new(machine.config.volume, machine.config.size, 3, 1);
     let endpoints = machine.config.replicas.iter().map(|replica| replica.endpoint.clone()).collect();
     Primary::new(config, endpoints, BufferPool::new(0), false).unwrap().run(&mut Rival { serves: false }).unwrap();
 

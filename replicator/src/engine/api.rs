@@ -27,8 +27,30 @@ pub struct EngineConfig {
     pub replica_timeout: Duration,
     /// The most bytes of writes kept for replicas that have not received them; a replica that needs more is behind.
     pub backlog_bytes: u64,
+    /// The epoch is raised when so many bytes were written or copied in it, and a copy's progress is remembered as often. A replica
+    /// that returns is copied at most twice so much more than it lacks.
+    pub epoch_bytes: u64,
+    /// And after this time, if anything was. Costs a durable record each.
+    pub epoch_time: Duration,
     /// Seed of what is random: the nonces of terms.
     pub seed: u64,
+}
+
+impl EngineConfig {
+    /// With the limits that volumes have.
+    #[must_use]
+    pub const fn new(volume: VolumeId, size: VolumeSize, members: usize, seed: u64) -> Self {
+        Self {
+            volume,
+            size,
+            members,
+            replica_timeout: Duration::from_millis(1500),
+            backlog_bytes: 64 << 20,
+            epoch_bytes: 64 << 20,
+            epoch_time: Duration::from_secs(1),
+            seed,
+        }
+    }
 }
 
 /// A request of the kernel or of another user of the volume. Ranges may begin and end anywhere at multiples of 512 bytes.

@@ -4,10 +4,11 @@
 //! destination's ordered connection it stands after every write that came before it, and before every later one: a copied block
 //! never overwrites a newer write.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
-use carrick_backing_store::{ByteLength, ByteOffset, Content, Extent, Seq};
+use carrick_backing_store::{ByteLength, ByteOffset, Content, Extent, Seq, Synced, VolumeSize};
 
+use super::difference::{Difference, Side};
 use super::member::{Member, Stage};
 use super::range_lock::Access;
 use super::requests::Owner;
@@ -19,60 +20,116 @@ use crate::wire::{Body, Flags, Frame, Header, Kind};
 const CHUNK: u64 = 1 << 20;
 /// Chunks under way per copy: enough to hide a round trip, few enough to leave room for foreground I/O.
 const CHUNKS_IN_FLIGHT: usize = 2;
+/// What changed is asked for while fewer ranges wait: a quarter of the longest answer.
+const RANGES_AHEAD: usize = 512;
 
 /// A copy under way into one member.
 #[derive(Debug)]
 pub(super) struct Copy {
-    /// What is still to be started, last first.
-    ranges: Vec<Extent>,
+    /// What is still to be started, as far as it is known, in order.
+    ranges: VecDeque<Extent>,
+    /// How the rest becomes known.
+    difference: Option<Difference>,
     /// Chunks that wait for a lock, a read or the destination's answer.
-    under_way: usize,
+    under_way: BTreeSet<ByteOffset>,
+    /// Where the last range known ends.
+    end: ByteOffset,
     total: u64,
     done: u64,
+    /// What was done at the last mark.
+    marked: u64,
 }
 
 impl Copy {
     /// A copy of these ranges, which may overlap.
-    pub(super) fn new(extents: impl IntoIterator<Item = Extent>) -> Self {
-        let mut ranges: Vec<Extent> = Vec::new();
+    pub(super) fn of(extents: impl IntoIterator<Item = Extent>) -> Self {
+        let mut copy = Self {
+            ranges: VecDeque::new(),
+            difference: None,
+            under_way: BTreeSet::new(),
+            end: ByteOffset::ZERO,
+            total: 0,
+            done: 0,
+            marked: 0,
+        };
+        copy.add(extents);
+        copy.total = copy.ranges.iter().map(|extent| extent.length().get()).sum();
+        copy
+    }
+
+    /// A copy of what a replica of a volume of this size lacks.
+    pub(super) fn since(synced: Synced, size: VolumeSize) -> Self {
+        Self { difference: Some(Difference::new(synced, size)), end: size.extent().end(), ..Self::of([]) }
+    }
+
+    /// Adds ranges behind those that are there.
+    fn add(&mut self, extents: impl IntoIterator<Item = Extent>) {
         for extent in extents.into_iter().collect::<BTreeSet<_>>() {
-            match ranges.last_mut() {
-                Some(last) if extent.offset() <= last.end() => {
-                    let end = last.end().max(extent.end());
-                    *last = span(last.offset(), end);
-                }
-                _ => ranges.push(extent),
+            match self.ranges.back_mut() {
+                Some(last) if extent.offset() <= last.end() => *last = span(last.offset(), last.end().max(extent.end())),
+                _ => self.ranges.push_back(extent),
             }
         }
-        ranges.reverse();
-        let total = ranges.iter().map(|extent| extent.length().get()).sum();
-        Self { ranges, under_way: 0, total, done: 0 }
+        self.end = self.end.max(self.ranges.back().map_or(ByteOffset::ZERO, |last| last.end()));
     }
 
     pub(super) fn is_finished(&self) -> bool {
-        self.ranges.is_empty() && self.under_way == 0
+        let is_known = self.difference.as_ref().is_none_or(|difference| difference.border() >= self.end);
+        is_known && self.ranges.is_empty() && self.under_way.is_empty()
     }
 
+    /// Everything before this was copied, if it is known where to copy at all.
+    fn border(&self) -> ByteOffset {
+        let known = self.difference.as_ref().map_or(self.end, Difference::border);
+        let first = self.under_way.first().copied().into_iter().chain(self.ranges.front().map(|range| range.offset()));
+        first.fold(known, ByteOffset::min)
+    }
+
+    /// How far it is, of how much. What a difference comes to is not known before its end; then it is the place in the volume.
     pub(super) fn progress(&self) -> (ByteLength, ByteLength) {
-        (ByteLength::new(self.done), ByteLength::new(self.total))
+        match self.difference {
+            Some(_) => (ByteLength::new(self.border().get()), ByteLength::new(self.end.get())),
+            None => (ByteLength::new(self.done), ByteLength::new(self.total)),
+        }
     }
 
     fn next_chunk(&mut self) -> Option<Extent> {
-        if self.under_way >= CHUNKS_IN_FLIGHT {
+        if self.under_way.len() >= CHUNKS_IN_FLIGHT {
             return None;
         }
-        let range = self.ranges.pop()?;
+        let range = self.ranges.pop_front()?;
         let border = ByteOffset::new(range.offset().get() + CHUNK).min(range.end());
         if border < range.end() {
-            self.ranges.push(span(border, range.end()));
+            self.ranges.push_front(span(border, range.end()));
         }
-        self.under_way += 1;
+        self.under_way.insert(range.offset());
         Some(span(range.offset(), border))
+    }
+
+    /// Whom to ask what changed, if it is time: some ranges ahead, so that asking costs no time.
+    fn question(&mut self, side: Side) -> Option<(carrick_backing_store::Epoch, ByteOffset)> {
+        let few = self.ranges.len() < RANGES_AHEAD;
+        self.difference.as_mut().filter(|_| few)?.question(side)
+    }
+
+    /// Copies all that is left, whether it differs or not.
+    fn take_whole(&mut self) {
+        if let Some(difference) = self.difference.take() {
+            self.add([span(difference.border(), self.end)].into_iter().filter(|rest| !rest.is_empty()));
+            self.total = self.done + self.ranges.iter().map(|range| range.length().get()).sum::<u64>();
+        }
+    }
+
+    /// How far it came, if so much was copied since that was last remembered.
+    fn take_mark(&mut self, bytes: u64) -> Option<ByteOffset> {
+        let border = self.border();
+        let is_worth_it = self.done >= self.marked + bytes && border >= self.difference.as_ref()?.copied_before();
+        is_worth_it.then(|| self.marked = self.done).map(|()| border)
     }
 }
 
 /// From `start` up to `end`, which is not before it.
-fn span(start: ByteOffset, end: ByteOffset) -> Extent {
+pub(super) fn span(start: ByteOffset, end: ByteOffset) -> Extent {
     let length = ByteLength::new(end.get().saturating_sub(start.get()));
     match Extent::new(start, length) {
         Some(extent) => extent,
@@ -83,6 +140,8 @@ fn span(start: ByteOffset, end: ByteOffset) -> Extent {
 impl Engine {
     /// Starts the next chunks of a copy, or ends it.
     pub(super) fn advance_copy(&mut self, now: Monotonic, destination: MemberIndex) {
+        self.ask_changed(now, destination, Side::Destination);
+        self.ask_changed(now, destination, Side::Source);
         while let Some(chunk) = self.members[destination.0].copy.as_mut().and_then(Copy::next_chunk) {
             let owner = Owner::Copy(destination, chunk.offset());
             self.chunks.insert((destination, chunk.offset()), chunk);
@@ -120,8 +179,62 @@ impl Engine {
         self.request(now, source, Frame::range(header, chunk), Outstanding::CopyRead { destination, chunk, tried });
     }
 
+    /// Asks a side of a copy what changed, if it is time.
+    fn ask_changed(&mut self, now: Monotonic, destination: MemberIndex, side: Side) {
+        let Some((epoch, start)) = self.members[destination.0].copy.as_mut().and_then(|copy| copy.question(side)) else { return };
+        let member = match side {
+            Side::Destination => Some(destination),
+            Side::Source if self.is_serving() => self.best_reader(1 << destination.0),
+            // If it was lost, everything begins anew in a moment.
+            Side::Source => self.chosen.filter(|chosen| !self.members[chosen.0].is_down()),
+        };
+        let Some(member) = member else {
+            self.withdraw_question(destination, side);
+            self.stalled_copies.push(destination);
+            return;
+        };
+        let header = Header { sequence: Seq::new(u64::from(epoch.get())), offset: start, ..self.header(Kind::Changed) };
+        self.request(now, member, Frame::new(header, Body::Empty), Outstanding::Changed { destination, side });
+    }
+
+    fn withdraw_question(&mut self, destination: MemberIndex, side: Side) {
+        if let Some(difference) = self.members[destination.0].copy.as_mut().and_then(|copy| copy.difference.as_mut()) {
+            difference.withdraw(side);
+        }
+    }
+
+    /// A side has told what changed.
+    pub(super) fn on_changed(&mut self, now: Monotonic, from: MemberIndex, destination: MemberIndex, side: Side, frame: Frame) {
+        let Body::Changed(answer) = frame.body else { return };
+        let Some(copy) = &mut self.members[destination.0].copy else { return };
+        // It may have been asked by a copy that has ended, or is no longer needed.
+        let Some(difference) = &mut copy.difference else { return };
+        let Some(known) = difference.answer(side, answer.extents, answer.next) else {
+            return self.drop_member(now, from, "it tells of changes where that makes no sense".to_owned(), true);
+        };
+        copy.add(known);
+        self.advance_copy(now, destination);
+    }
+
+    /// Whoever was asked is gone.
+    pub(super) fn on_changed_unanswered(&mut self, now: Monotonic, destination: MemberIndex, side: Side) {
+        self.withdraw_question(destination, side);
+        self.advance_copy(now, destination);
+    }
+
+    /// What changed can't be told: all is copied.
+    pub(super) fn copy_whole(&mut self, now: Monotonic, destination: MemberIndex) {
+        if let Some(copy) = &mut self.members[destination.0].copy {
+            copy.take_whole();
+            self.advance_copy(now, destination);
+        }
+    }
+
     /// Tries again what found no source. Called by the timer and when a member joins.
     pub(super) fn retry_stalled_chunks(&mut self, now: Monotonic) {
+        for destination in std::mem::take(&mut self.stalled_copies) {
+            self.advance_copy(now, destination);
+        }
         for (destination, chunk) in std::mem::take(&mut self.stalled_chunks) {
             if self.chunks.contains_key(&(destination, chunk.offset())) {
                 self.read_chunk(now, destination, chunk);
@@ -153,11 +266,15 @@ impl Engine {
 
     /// The destination has the chunk.
     pub(super) fn on_copy_written(&mut self, now: Monotonic, destination: MemberIndex, chunk: Extent) {
-        if let Some(copy) = &mut self.members[destination.0].copy {
-            copy.under_way -= 1;
-            copy.done += chunk.length().get();
-            self.advance_copy(now, destination);
+        let Some(copy) = &mut self.members[destination.0].copy else { return };
+        copy.under_way.remove(&chunk.offset());
+        copy.done += chunk.length().get();
+        let mark = copy.take_mark(self.config.epoch_bytes);
+        self.note_written(now, chunk.length().get());
+        if let Some(border) = mark.filter(|_| self.is_serving()) {
+            self.mark_copy(now, destination, border);
         }
+        self.advance_copy(now, destination);
     }
 
     fn end_chunk(&mut self, now: Monotonic, destination: MemberIndex, offset: ByteOffset) {
@@ -165,17 +282,33 @@ impl Engine {
         self.unlock(now, Owner::Copy(destination, offset));
     }
 
-    /// The destination is gone: its chunks give up their locks.
+    /// The destination is gone: its chunks give up their locks, and what was asked for its copy is of no use to the next one, which
+    /// begins with other writes.
     pub(super) fn drop_chunks(&mut self, now: Monotonic, destination: MemberIndex) {
+        for (_, outstanding) in self.outstanding.values_mut() {
+            match outstanding {
+                Outstanding::CopyRead { destination: to, .. } if *to == destination => *outstanding = Outstanding::Abandoned,
+                Outstanding::Changed { destination: to, .. } if *to == destination => *outstanding = Outstanding::Ignored,
+                _ => {}
+            }
+        }
         let offsets: Vec<ByteOffset> = self.chunks.keys().filter(|(member, _)| *member == destination).map(|(_, offset)| *offset).collect();
         for offset in offsets {
             self.end_chunk(now, destination, offset);
         }
     }
 
+    /// Lets the destination remember how far its copy came.
+    fn mark_copy(&mut self, now: Monotonic, destination: MemberIndex, border: ByteOffset) {
+        let sequence = Seq::new(u64::from(self.epochs.stable.get()));
+        let header = Header { sequence, offset: border, ..self.header(Kind::CopyMark) };
+        self.request(now, destination, Frame::new(header, Body::Empty), Outstanding::Ignored);
+    }
+
     fn finish_copy(&mut self, now: Monotonic, destination: MemberIndex) {
         self.members[destination.0].copy = None;
         if self.is_serving() {
+            self.mark_copy(now, destination, self.config.size.extent().end());
             self.members[destination.0].stage = Stage::CopyAdopting;
             let adopt = Frame::new(self.header(Kind::Adopt), Body::Empty);
             self.request(now, destination, adopt, Outstanding::Control);
@@ -207,9 +340,13 @@ impl Engine {
         for index in self.member_indices() {
             if !self.members[index.0].in_sync && self.may_destroy(index) {
                 let base = self.backlog.last();
+                let size = self.config.size;
                 let member = &mut self.members[index.0];
+                member.copy = member.promised().map(|status| Copy::since(status.synced, size));
                 member.stage = Stage::CopyBeginning;
                 (member.received, member.durable, member.sent, member.flush_sent) = (base, Seq::ZERO, base, Seq::ZERO);
+                // No copied block may carry an earlier epoch than the original.
+                self.tell_epoch(now, index, true);
                 let header = Header { flags: Flags::REBUILD, sequence: base, ..self.header(Kind::CopyBegin) };
                 self.request(now, index, Frame::new(header, Body::Empty), Outstanding::Control);
             }
@@ -227,15 +364,15 @@ mod tests {
 
     #[test]
     fn overlapping_ranges_are_copied_once_in_chunks() {
-        let mut copy = Copy::new([extent(8 << 20, 4096), extent(0, CHUNK), extent(4096, CHUNK)]);
+        let mut copy = Copy::of([extent(8 << 20, 4096), extent(0, CHUNK), extent(4096, CHUNK)]);
         assert_eq!(copy.progress().1.get(), CHUNK + 4096 + 4096);
         assert_eq!(copy.next_chunk(), Some(extent(0, CHUNK)));
         assert_eq!(copy.next_chunk(), Some(extent(CHUNK, 4096)));
         assert_eq!(copy.next_chunk(), None, "two are under way");
-        copy.under_way -= 2;
+        copy.under_way.clear();
         assert_eq!(copy.next_chunk(), Some(extent(8 << 20, 4096)));
         assert!(!copy.is_finished());
-        copy.under_way -= 1;
+        copy.under_way.clear();
         assert!(copy.is_finished());
     }
 }

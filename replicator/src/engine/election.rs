@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use carrick_backing_store::{Content, LoggedExtents, Seq};
+use carrick_backing_store::{Content, Epoch, LoggedExtents, Seq};
 
 use super::copy::Copy;
 use super::member::Stage;
@@ -105,6 +105,7 @@ impl Engine {
         };
         self.note = None;
         self.chosen = Some(chosen);
+        self.choose_epoch();
         self.phase = Phase::Comparing;
         let siblings: Vec<(MemberIndex, StatusAnswer)> = self
             .member_indices()
@@ -136,26 +137,26 @@ impl Engine {
             if let Stage::Comparing { logged: Some(LoggedExtents::All(own)), .. } = &self.members[index.0].stage
                 && let LoggedExtents::All(others) = &chosen_log
             {
-                let copy = Copy::new(own.iter().chain(others).copied());
+                let copy = Copy::of(own.iter().chain(others).copied());
                 plans.push((index, (!copy.is_finished()).then_some(copy), Flags::NONE));
             }
         }
         if plans.len() + 1 < self.majority() {
-            // They are no majority: the whole volume is copied to the others before anything is served.
-            let whole = self.config.size.extent();
+            // They are no majority: what the others lack is copied to them before anything is served.
             for index in self.member_indices().filter(|index| *index != chosen) {
-                let flags = match &self.members[index.0].stage {
+                let (status, flags) = match &self.members[index.0].stage {
                     Stage::Comparing { .. } if plans.iter().any(|(planned, ..)| *planned == index) => continue,
                     // What it has is not worthless: if the chosen one is lost now, it may be the best there is.
-                    Stage::Comparing { .. } => Flags::NONE,
-                    Stage::Promised(_) => Flags::REBUILD,
+                    Stage::Comparing { status, .. } => (status, Flags::NONE),
+                    Stage::Promised(status) => (status, Flags::REBUILD),
                     _ => continue,
                 };
-                plans.push((index, Some(Copy::new([whole])), flags));
+                plans.push((index, Some(Copy::since(status.synced, self.config.size)), flags));
             }
         }
         self.phase = Phase::Reconciling;
         self.members[chosen.0].stage = Stage::Reconciled;
+        self.tell_epoch(now, chosen, true);
         for (index, copy, flags) in plans {
             self.begin_reconciling(now, index, copy, flags);
         }
@@ -169,6 +170,8 @@ impl Engine {
     }
 
     fn begin_reconciling(&mut self, now: Monotonic, index: MemberIndex, copy: Option<Copy>, flags: Flags) {
+        // No copied block may carry an earlier epoch than the original.
+        self.tell_epoch(now, index, true);
         let Some(copy) = copy else {
             self.members[index.0].stage = Stage::Reconciled;
             return;
@@ -217,12 +220,14 @@ impl Engine {
         self.phase = Phase::Gathering { majority_at: None };
         self.chosen = None;
         self.stalled_chunks.clear();
+        self.stalled_copies.clear();
         for index in self.member_indices() {
             self.drop_chunks(now, index);
             let member = &mut self.members[index.0];
             member.in_sync = false;
             member.left_at = None;
             member.copy = None;
+            (member.epoch, member.synced_told) = (Epoch::NEVER, Epoch::NEVER);
             if matches!(
                 member.stage,
                 Stage::Promised(_)

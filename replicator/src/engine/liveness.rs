@@ -29,6 +29,7 @@ impl Engine {
         self.leave_laggards_behind(now);
         self.advance_election(now);
         self.start_rebuilds(now);
+        self.advance_epochs(now);
         if self.stall_deadline.is_some_and(|deadline| deadline <= now) {
             self.stall_deadline = None;
             self.retry_stalled_reads(now);
@@ -57,7 +58,7 @@ impl Engine {
             [own, leave, lag.filter(|_| self.may_leave_behind(member))]
         });
         let read = self.read_times.front().map(|(at, _)| *at + self.config.replica_timeout);
-        members.flatten().chain(read).chain(self.gather_deadline()).chain(self.stall_deadline).min()
+        members.flatten().chain(read).chain(self.gather_deadline()).chain(self.stall_deadline).chain(self.epoch_deadline()).min()
     }
 
     /// After this long without a sign of life a member that owes something is asked for one, so that a slow disk is told
@@ -67,7 +68,8 @@ impl Engine {
     }
 
     pub(super) fn arm_stall_retry(&mut self, now: Monotonic) {
-        if self.stall_deadline.is_none() && !(self.stalled_reads.is_empty() && self.stalled_chunks.is_empty()) {
+        let stalled = !(self.stalled_reads.is_empty() && self.stalled_chunks.is_empty() && self.stalled_copies.is_empty());
+        if self.stall_deadline.is_none() && stalled {
             self.stall_deadline = Some(now + STALL_RETRY);
         }
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use carrick_backing_store::{LoggedExtents, Seq};
+use carrick_backing_store::{Epoch, LoggedExtents, Seq};
 
 use super::copy::Copy;
 use crate::control::MemberState;
@@ -60,6 +60,10 @@ pub(super) struct Member {
     pub(super) received: Seq,
     /// Those on stable media.
     pub(super) durable: Seq,
+    /// The last epoch before which it has everything, durably, once it is in sync.
+    pub(super) epoch: Epoch,
+    /// What it was last told that it may remember as synced.
+    pub(super) synced_told: Epoch,
     /// The last write sent on this connection.
     pub(super) sent: Seq,
     /// The writes that a flush or FUA sent on this connection covers.
@@ -89,6 +93,8 @@ impl Member {
             left_at: None,
             received: Seq::ZERO,
             durable: Seq::ZERO,
+            epoch: Epoch::NEVER,
+            synced_told: Epoch::NEVER,
             sent: Seq::ZERO,
             flush_sent: Seq::ZERO,
             reads: 0,
@@ -153,6 +159,7 @@ impl Member {
         self.refused = refused;
         self.last_error = Some(reason);
         self.copy = None;
+        (self.epoch, self.synced_told) = (Epoch::NEVER, Epoch::NEVER);
         self.reads = 0;
         self.answers = 0;
         self.pinged = false;
@@ -165,6 +172,8 @@ impl Member {
     pub(super) fn joined(&mut self) {
         self.stage = Stage::Joined;
         self.in_sync = true;
+        // While it was copied into, it remembered nothing of what it was told.
+        self.synced_told = Epoch::NEVER;
         self.left_at = None;
         self.backoff = RETRY_FIRST;
         self.last_error = None;

@@ -10,12 +10,14 @@
 //! * A member's old content is destroyed by a copy only while a majority without it has all that was acknowledged (I5).
 //!
 //! Which file decides what: `election` (who is primary, what content counts), `requests` (locks, merging, sequences, completion),
-//! `copy` (bringing replicas back), `liveness` (who is lost or left behind), `session` (the conversation with a replica).
+//! `copy` (bringing replicas back), `difference` and `epochs` (by copying what they lack), `liveness` (who is lost or left behind), `session` (the conversation with a replica).
 
 mod api;
 mod backlog;
 mod copy;
+mod difference;
 mod election;
+mod epochs;
 mod liveness;
 mod member;
 mod range_lock;
@@ -26,7 +28,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 pub use api::{Action, EngineConfig, MemberIndex, ReadBytes, Request, RequestError, RequestTag, Response};
 use backlog::Backlog;
-use carrick_backing_store::{BLOCK_SIZE, BufferPool, ByteLength, ByteOffset, Extent, Seq, SharedBuffer, Term};
+use carrick_backing_store::{BLOCK_SIZE, BufferPool, ByteLength, ByteOffset, Epoch, Extent, Seq, SharedBuffer, Term};
+use difference::Side;
+use epochs::Epochs;
 use member::Member;
 use range_lock::RangeLock;
 use requests::{Job, JobId, Ongoing, Owner, Table, Waiter};
@@ -61,6 +65,15 @@ enum Outstanding {
     /// A step of the conversation: see [`member::Stage`].
     Control,
     Ping,
+    /// The epoch whose raising counts for what is stable; none if it doesn't.
+    Epoch(Epoch),
+    /// What a side has written since what the destination of a copy knows as synced.
+    Changed {
+        destination: MemberIndex,
+        side: Side,
+    },
+    /// Nothing depends on it, or nothing any more.
+    Ignored,
     /// A read that was asked of another member since.
     Abandoned,
     Read {
@@ -100,6 +113,7 @@ pub struct Engine {
     members: Vec<Member>,
     /// The member whose content counts, before serving.
     chosen: Option<MemberIndex>,
+    epochs: Epochs,
     backlog: Backlog,
     /// A majority has received the writes up to this.
     acknowledged: Seq,
@@ -118,6 +132,8 @@ pub struct Engine {
     read_times: VecDeque<(Monotonic, RequestId)>,
     stalled_reads: Vec<JobId>,
     stalled_chunks: Vec<(MemberIndex, Extent)>,
+    /// Copies into these found nobody to ask what changed.
+    stalled_copies: Vec<MemberIndex>,
     stall_deadline: Option<Monotonic>,
     /// The member that a read is being taken away from.
     slow_reader: Option<MemberIndex>,
@@ -146,6 +162,7 @@ impl Engine {
             term: None,
             members: (0..config.members).map(|_| Member::new(now)).collect(),
             chosen: None,
+            epochs: Epochs::default(),
             backlog: Backlog::new(),
             acknowledged: Seq::ZERO,
             locks: RangeLock::new(),
@@ -159,6 +176,7 @@ impl Engine {
             read_times: VecDeque::new(),
             stalled_reads: Vec::new(),
             stalled_chunks: Vec::new(),
+            stalled_copies: Vec::new(),
             stall_deadline: None,
             slow_reader: None,
             next_reader: 0,
@@ -249,16 +267,16 @@ impl Engine {
         (0..self.members.len()).filter(move |index| writers[*index]).map(MemberIndex)
     }
 
-    /// The highest sequence that a majority of the members has, by their own `position`.
-    fn on_majority(&self, position: impl Fn(&Member) -> Seq) -> Seq {
-        let mut positions = [Seq::ZERO; MEMBERS_MAX];
+    /// The highest position that a majority of the members has.
+    fn on_majority<T: Copy + Default + Ord>(&self, position: impl Fn(&Member) -> T) -> T {
+        let mut positions = [T::default(); MEMBERS_MAX];
         let mut count = 0;
         for member in self.members.iter().filter(|member| member.in_sync) {
             positions[count] = position(member);
             count += 1;
         }
         positions[..count].sort_unstable_by(|left, right| right.cmp(left));
-        positions[..count].get(self.majority() - 1).copied().unwrap_or(Seq::ZERO)
+        positions[..count].get(self.majority() - 1).copied().unwrap_or_default()
     }
 
     /// How many members besides `without` are in sync and have all that was acknowledged.

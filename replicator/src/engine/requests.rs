@@ -273,8 +273,10 @@ impl Engine {
         for index in self.writers() {
             self.send_write(now, index, entry.frame(self.config.volume, term), fua);
         }
+        let bytes = entry.extent.length().get();
         self.backlog.push(entry);
         self.bound_backlog(now);
+        self.note_written(now, bytes);
     }
 
     /// Sends a member every write that it lacks.

@@ -54,6 +54,7 @@ impl Engine {
                 Some((_, Outstanding::CopyRead { destination, chunk, tried })) => {
                     self.on_copy_read_failed(now, index, destination, chunk, tried);
                 }
+                Some((_, Outstanding::Changed { destination, side })) => self.on_changed_unanswered(now, destination, side),
                 _ => {}
             }
         }
@@ -124,6 +125,10 @@ impl Engine {
                 self.on_copy_read(now, destination, chunk, frame);
             }
             (Kind::CopyAnswer, Some(Outstanding::CopyWrite { destination, chunk })) => self.on_copy_written(now, destination, chunk),
+            (Kind::RaiseEpochAnswer, Some(Outstanding::Epoch(epoch))) => self.on_epoch_raised(now, index, epoch),
+            (Kind::ChangedAnswer, Some(Outstanding::Changed { destination, side })) => {
+                self.on_changed(now, index, destination, side, frame);
+            }
             (_, Some(Outstanding::Control)) => self.on_step(now, index, frame),
             _ => {}
         }
@@ -147,8 +152,6 @@ impl Engine {
             }
             (Stage::Reconciling { begun: false }, _) if kind == Kind::CopyBeginAnswer => {
                 self.members[index.0].stage = Stage::Reconciling { begun: true };
-                let whole = self.config.size.extent();
-                self.members[index.0].copy.get_or_insert_with(|| super::copy::Copy::new([whole]));
                 self.advance_copy(now, index);
             }
             (Stage::Adopting, _) if kind == Kind::AdoptAnswer => {
@@ -156,9 +159,7 @@ impl Engine {
                 self.serve_when_adopted(now);
             }
             (Stage::CopyBeginning, _) if kind == Kind::CopyBeginAnswer => {
-                let whole = self.config.size.extent();
                 self.members[index.0].stage = Stage::Copying;
-                self.members[index.0].copy = Some(super::copy::Copy::new([whole]));
                 self.send_backlog(now, index);
                 self.advance_copy(now, index);
             }
@@ -200,6 +201,8 @@ impl Engine {
             let member = &mut self.members[index.0];
             (member.received, member.durable) = (status.position, status.durable);
             (member.sent, member.flush_sent) = (status.position, Seq::ZERO);
+            // It lacks what was written since, and so far its answer says nothing of that.
+            self.tell_epoch(now, index, false);
             // The backlog goes first: a read that is sent after it finds every acknowledged write.
             self.send_backlog(now, index);
             self.on_joined(now, index);
@@ -217,6 +220,7 @@ impl Engine {
 
     fn on_joined(&mut self, now: Monotonic, index: MemberIndex) {
         self.members[index.0].joined();
+        self.tell_synced_soon(now);
         self.advance_acknowledged(now);
         self.start_rebuilds(now);
         self.retry_stalled_reads(now);
@@ -252,13 +256,25 @@ impl Engine {
                 self.members[index.0].last_error = Some(error.text.clone());
                 self.on_copy_read_failed(now, index, destination, chunk, tried);
             }
+            (ErrorCode::Corrupt | ErrorCode::Io | ErrorCode::EpochForgotten, Some(Outstanding::Changed { destination, .. })) => {
+                self.members[index.0].last_error = Some(error.text.clone());
+                self.copy_whole(now, destination);
+            }
             // To a read that nobody waits for any more.
-            (ErrorCode::Corrupt | ErrorCode::Io, None | Some(Outstanding::Abandoned)) if header.request != RequestId(0) => {}
+            (
+                ErrorCode::Corrupt | ErrorCode::Io | ErrorCode::EpochForgotten,
+                None | Some(Outstanding::Abandoned | Outstanding::Ignored),
+            ) if header.request != RequestId(0) => {}
             (code, settled) => {
                 // What was settled above is still to be done: put back what losing the member hands on.
-                if let Some(outstanding @ (Outstanding::Read { .. } | Outstanding::CopyRead { .. })) = settled {
+                match settled {
+                    Some(Outstanding::Read { .. } | Outstanding::CopyRead { .. }) => self.members[index.0].reads += 1,
+                    Some(Outstanding::Changed { .. }) => self.members[index.0].answers += 1,
+                    _ => {}
+                }
+                if let Some(outstanding @ (Outstanding::Read { .. } | Outstanding::CopyRead { .. } | Outstanding::Changed { .. })) = settled
+                {
                     self.outstanding.insert(header.request, (index, outstanding));
-                    self.members[index.0].reads += 1;
                 }
                 let final_code = !matches!(code, ErrorCode::StaleTerm | ErrorCode::OutOfOrder | ErrorCode::Busy);
                 self.drop_member(now, index, error.text.clone(), final_code);

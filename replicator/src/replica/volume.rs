@@ -9,12 +9,13 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use carrick_backing_store::{
-    Content, LoggedExtents, OpenedReplica, Operation, Outcome, ReadData, ReplicaSpec, ReplicaState, Seq, StoreError, Term, Token,
+    BlockIndex, ByteOffset, ChangedExtents, Content, Epoch, LoggedExtents, OpenedReplica, Operation, Outcome, ReadData, ReplicaSpec,
+    ReplicaState, Seq, StoreError, Synced, Term, Token,
 };
 
 use super::service::ConnectionId;
 use crate::control::ReplicaReport;
-use crate::wire::{Body, ErrorCode, Flags, Frame, Header, Kind, LogAnswer, StatusAnswer};
+use crate::wire::{Body, ChangedAnswer, ErrorCode, Flags, Frame, Header, Kind, LogAnswer, StatusAnswer};
 
 /// A primary that is bound to this replica by its promise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +69,8 @@ pub(super) struct VolumeReplica {
     /// Highest sequence that the store has completed.
     position: Seq,
     durable: Seq,
+    /// What the next write carries.
+    epoch: Epoch,
     session: Option<Session>,
     /// Highest term asked for, promised or about to be.
     term_asked: Term,
@@ -96,6 +99,7 @@ impl VolumeReplica {
             received: opened.position,
             position: opened.position,
             durable: opened.durable,
+            epoch: opened.epoch,
             session: None,
             term_asked: opened.state.promised,
             changes: VecDeque::new(),
@@ -198,7 +202,9 @@ impl VolumeReplica {
         match header.kind {
             Kind::Write | Kind::WriteZeroes | Kind::Discard => self.on_live_write(session, frame, token),
             Kind::CopyWrite | Kind::CopyZeroes => self.submit_write(connection, frame, None, token),
-            Kind::CopyBegin | Kind::Adopt => {
+            Kind::RaiseEpoch => self.on_raise_epoch(session, header, token),
+            Kind::Changed => self.on_changed(session, header, token),
+            Kind::CopyBegin | Kind::CopyMark | Kind::Adopt => {
                 self.changes.push_back(StateChange { connection, request: header });
                 self.advance_changes(token);
             }
@@ -218,6 +224,27 @@ impl VolumeReplica {
             }
             _ => self.refuse(connection, &header, ErrorCode::BadFrame, format!("header.kind {:?} is not a request", header.kind)),
         }
+    }
+
+    fn on_raise_epoch(&mut self, session: Session, header: Header, token: &mut impl FnMut() -> Token) {
+        let (Some(to), Some(synced)) = (epoch_of(header.offset.get()), epoch_of(header.sequence.get())) else {
+            let text = format!("header.offset {} or header.sequence {} is no epoch", header.offset, header.sequence);
+            return self.refuse(session.connection, &header, ErrorCode::BadFrame, text);
+        };
+        // Of blocks that are being copied, the copy's marks tell.
+        let counts = session.live && self.state.content == Content::Complete;
+        let synced = if counts { synced } else { Epoch::NEVER };
+        let request = Header { sequence: Seq::new(u64::from(synced.get())), ..header };
+        self.submit(session.connection, request, Operation::RaiseEpoch { to, synced }, token);
+    }
+
+    fn on_changed(&mut self, session: Session, header: Header, token: &mut impl FnMut() -> Token) {
+        let Some(from) = epoch_of(header.sequence.get()) else {
+            let text = format!("header.sequence {} is no epoch", header.sequence);
+            return self.refuse(session.connection, &header, ErrorCode::BadFrame, text);
+        };
+        let start = header.offset.block();
+        self.submit(session.connection, header, Operation::Changed { from, snapshot: None, start }, token);
     }
 
     fn on_live_write(&mut self, session: Session, frame: Frame, token: &mut impl FnMut() -> Token) {
@@ -259,10 +286,12 @@ impl VolumeReplica {
         }
     }
 
-    /// Starts the next change of the durable state once no write is in the store.
+    /// Starts the next change of the durable state once no write is in the store. A copy's mark speaks of writes that have ended,
+    /// and waits for none.
     fn advance_changes(&mut self, token: &mut impl FnMut() -> Token) {
-        while !self.changing && self.writes == 0 {
-            let Some(change) = self.changes.pop_front() else { return };
+        while !self.changing
+            && let Some(change) = self.changes.pop_front_if(|change| self.writes == 0 || change.request.kind == Kind::CopyMark)
+        {
             let request = change.request;
             let mut state = self.state;
             let mut position = None;
@@ -278,10 +307,16 @@ impl VolumeReplica {
                 }
                 Kind::CopyBegin if state.content == Content::Complete => state.content = Content::Mixed,
                 Kind::CopyBegin => {}
+                Kind::CopyMark if state.content == Content::Rebuilding => {
+                    state.synced.copied = request.offset.block();
+                    state.synced.copied_epoch = epoch_of(request.sequence.get()).unwrap_or_default();
+                }
+                Kind::CopyMark => {}
                 _ => {
                     // Adopt. A rebuilt replica has counted this term's writes since its copy began.
                     position = (state.log_term != request.term).then_some(request.sequence);
-                    state = ReplicaState { log_term: request.term, content: Content::Complete, ..state };
+                    let synced = self.synced_when_adopted();
+                    state = ReplicaState { log_term: request.term, content: Content::Complete, synced, ..state };
                 }
             }
             let token = token();
@@ -292,6 +327,13 @@ impl VolumeReplica {
             );
             self.effects.push_back(Effect::Store(token, Operation::SetState { state, position }));
         }
+    }
+
+    /// After a copy up to the end, its mark counts for everything.
+    fn synced_when_adopted(&self) -> Synced {
+        let Synced { epoch, copied, copied_epoch } = self.state.synced;
+        let is_whole = self.state.content == Content::Rebuilding && copied.get() >= self.spec.size.blocks();
+        Synced { epoch: if is_whole { epoch.max(copied_epoch) } else { epoch }, ..Synced::default() }
     }
 
     /// The promise is durable: from now on this connection's messages count.
@@ -362,8 +404,20 @@ impl VolumeReplica {
                 let extents = if self.failure.is_some() { LoggedExtents::Forgotten } else { extents };
                 self.answer(connection, Header { kind: Kind::LogAnswer, ..request }, Body::Log(LogAnswer { extents }));
             }
+            Outcome::Epoch(epoch) => {
+                self.epoch = epoch;
+                let synced = epoch_of(request.sequence.get()).unwrap_or_default();
+                self.state.synced.epoch = self.state.synced.epoch.max(synced);
+                let offset = ByteOffset::new(u64::from(epoch.get()));
+                self.answer(connection, Header { kind: Kind::RaiseEpochAnswer, offset, ..request }, Body::Empty);
+            }
+            Outcome::Changed(ChangedExtents { extents, next }) => {
+                let extents = extents.into_iter().map(|changed| changed.extent).collect();
+                let found = ChangedAnswer { extents, next: next.map(BlockIndex::offset) };
+                self.answer(connection, Header { kind: Kind::ChangedAnswer, ..request }, Body::Changed(found));
+            }
             // Nothing here asks for these yet.
-            Outcome::Epoch(_) | Outcome::Done | Outcome::Changed(_) | Outcome::Scrubbed(_) => {}
+            Outcome::Done | Outcome::Scrubbed(_) => {}
         }
     }
 
@@ -382,7 +436,11 @@ impl VolumeReplica {
         if let Some(session) = &mut self.session {
             session.live = self.state.log_term == session.term;
         }
-        let kind = if request.kind == Kind::CopyBegin { Kind::CopyBeginAnswer } else { Kind::AdoptAnswer };
+        let kind = match request.kind {
+            Kind::CopyBegin => Kind::CopyBeginAnswer,
+            Kind::CopyMark => Kind::CopyMarkAnswer,
+            _ => Kind::AdoptAnswer,
+        };
         self.answer(connection, Header { kind, flags: Flags::NONE, sequence: self.position, ..request }, Body::Empty);
     }
 
@@ -397,17 +455,20 @@ impl VolumeReplica {
             StoreError::NoSpace { .. } => ErrorCode::NoSpace,
             StoreError::Poisoned(_) => ErrorCode::Poisoned,
             StoreError::UnknownVolume(_) => ErrorCode::UnknownVolume,
+            StoreError::EpochForgotten { .. } => ErrorCode::EpochForgotten,
             _ => ErrorCode::Io,
         };
         match error {
-            _ if request.kind == Kind::Read => {}
+            _ if matches!(request.kind, Kind::Read | Kind::Changed) => {}
             // It has changed nothing: the primary comes back, and sends it again.
             StoreError::NoSpace { .. } => self.full = Some(error.to_string()),
             _ => self.failure = Some(error.to_string()),
         }
         self.refuse(connection, request, code, error.to_string());
         // A write or a state that failed ends the session: the primary must not count on anything after it.
-        if !matches!(request.kind, Kind::Read | Kind::Log) && self.session.is_some_and(|session| session.connection == connection) {
+        if !matches!(request.kind, Kind::Read | Kind::Log | Kind::Changed)
+            && self.session.is_some_and(|session| session.connection == connection)
+        {
             self.end_session();
         }
     }
@@ -435,6 +496,8 @@ impl VolumeReplica {
             durable: self.durable,
             size: self.spec.size,
             content: self.state.content,
+            epoch: self.epoch,
+            synced: self.state.synced,
         };
         Frame::new(Header { kind, flags: Flags::NONE, ..*request }, Body::Status(status))
     }
@@ -456,4 +519,9 @@ impl VolumeReplica {
         }
         self.effects.push_back(Effect::Send(connection, frame));
     }
+}
+
+/// An epoch in a field that has room for more.
+fn epoch_of(field: u64) -> Option<Epoch> {
+    u32::try_from(field).ok().map(Epoch::new)
 }

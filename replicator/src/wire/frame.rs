@@ -3,7 +3,7 @@
 use carrick_backing_store::{BLOCK_SIZE, BlockIndex, BufferPool, Checksum, Extent, SharedBuffer, VolumeId, block_checksum};
 
 use super::header::{BodyShape, HEADER_LENGTH, Header, Kind, read_u32};
-use super::message::{self, ErrorBody, Hello, HelloAnswer, LogAnswer, StatusAnswer};
+use super::message::{self, ChangedAnswer, ErrorBody, Hello, HelloAnswer, LogAnswer, StatusAnswer};
 use super::{ErrorCode, WireError};
 
 /// What follows a header.
@@ -26,6 +26,8 @@ pub enum Body {
     Status(StatusAnswer),
     /// Of [`Kind::LogAnswer`].
     Log(LogAnswer),
+    /// Of [`Kind::ChangedAnswer`].
+    Changed(ChangedAnswer),
     /// Of [`Kind::Error`].
     Error(ErrorBody),
 }
@@ -138,6 +140,7 @@ impl Frame {
                     Kind::HelloAnswer => Body::HelloAnswer(HelloAnswer::decode(message)?),
                     Kind::StatusAnswer | Kind::PromiseAnswer => Body::Status(StatusAnswer::decode(header.kind, message)?),
                     Kind::LogAnswer => Body::Log(LogAnswer::decode(message)?),
+                    Kind::ChangedAnswer => Body::Changed(ChangedAnswer::decode(message)?),
                     _ => Body::Error(ErrorBody::decode(message)?),
                 }
             }
@@ -153,6 +156,7 @@ fn encode_message(body: &Body, out: &mut Vec<u8>) {
         Body::HelloAnswer(message) => message.encode(out),
         Body::Status(message) => message.encode(out),
         Body::Log(message) => message.encode(out),
+        Body::Changed(message) => message.encode(out),
         Body::Error(message) => message.encode(out),
     }
 }

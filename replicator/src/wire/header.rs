@@ -107,6 +107,12 @@ kinds! {
     Log = 0x0d,
     /// Are you there?
     Ping = 0x0e,
+    /// What is written from now on carries the epoch `offset`, and what was written in epochs up to `sequence` is for good.
+    RaiseEpoch = 0x10,
+    /// Which blocks from `offset` on were written in epochs above `sequence`?
+    Changed = 0x14,
+    /// The copy has reached `offset`: what lies before is what it was for good at the end of epoch `sequence`, or younger.
+    CopyMark = 0x16,
     /// To Hello.
     HelloAnswer = 0x81,
     /// To Status.
@@ -128,6 +134,12 @@ kinds! {
     LogAnswer = 0x8d,
     /// To Ping, with the positions of Ack.
     Pong = 0x8e,
+    /// To RaiseEpoch: durable. `offset` is the epoch that the next write carries.
+    RaiseEpochAnswer = 0x90,
+    /// To Changed.
+    ChangedAnswer = 0x94,
+    /// To CopyMark: durable.
+    CopyMarkAnswer = 0x96,
     /// Instead of any answer: a code and a text.
     Error = 0xff,
 }
@@ -148,9 +160,13 @@ pub(super) enum BodyShape {
 impl Kind {
     pub(super) const fn shape(self, flags: Flags) -> BodyShape {
         match self {
-            Self::Hello | Self::HelloAnswer | Self::StatusAnswer | Self::PromiseAnswer | Self::LogAnswer | Self::Error => {
-                BodyShape::Message
-            }
+            Self::Hello
+            | Self::HelloAnswer
+            | Self::StatusAnswer
+            | Self::PromiseAnswer
+            | Self::LogAnswer
+            | Self::ChangedAnswer
+            | Self::Error => BodyShape::Message,
             Self::Write | Self::CopyWrite => BodyShape::Data,
             Self::ReadAnswer if !flags.contains(Flags::ZEROES) => BodyShape::Data,
             Self::WriteZeroes | Self::Discard | Self::Read | Self::CopyZeroes | Self::ReadAnswer => BodyShape::Range,
@@ -165,7 +181,12 @@ impl Kind {
             | Self::CopyBeginAnswer
             | Self::CopyAnswer
             | Self::AdoptAnswer
-            | Self::Pong => BodyShape::Nothing,
+            | Self::Pong
+            | Self::RaiseEpoch
+            | Self::RaiseEpochAnswer
+            | Self::Changed
+            | Self::CopyMark
+            | Self::CopyMarkAnswer => BodyShape::Nothing,
         }
     }
 }

@@ -1,6 +1,11 @@
 //! The bodies of frames that carry a message: a CRC32C of the rest, then fixed little-endian fields.
 
-use carrick_backing_store::{ByteLength, ByteOffset, Content, Extent, LoggedExtents, Seq, StoreId, Term, VolumeSize};
+use carrick_backing_store::{
+    BLOCK_SIZE, BlockIndex, ByteLength, ByteOffset, CHANGED_MAX, Content, Epoch, Extent, LoggedExtents, Seq, StoreId, Synced, Term,
+    VolumeSize,
+};
+
+use carrick_backing_store::units::VOLUME_SIZE_MAX;
 
 use super::header::{Kind, read_u32, read_u64};
 use super::{VERSION, WireError};
@@ -97,7 +102,15 @@ pub struct StatusAnswer {
     pub size: VolumeSize,
     /// What the blocks are worth.
     pub content: Content,
+    /// What its next write carries.
+    pub epoch: Epoch,
+    /// What a copy into it may leave out.
+    pub synced: Synced,
 }
+
+/// Bytes of a status without and with what concerns epochs.
+const STATUS_SHORT: usize = 48;
+const STATUS: usize = 72;
 
 impl StatusAnswer {
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
@@ -112,10 +125,20 @@ impl StatusAnswer {
             Content::Rebuilding => 2,
         };
         out.extend_from_slice(&[content, 0, 0, 0, 0, 0, 0, 0]);
+        out.extend_from_slice(&self.epoch.get().to_le_bytes());
+        out.extend_from_slice(&self.synced.epoch.get().to_le_bytes());
+        out.extend_from_slice(&self.synced.copied.get().to_le_bytes());
+        out.extend_from_slice(&self.synced.copied_epoch.get().to_le_bytes());
+        out.extend_from_slice(&[0; 4]);
     }
 
     pub(super) fn decode(kind: Kind, bytes: &[u8]) -> Result<Self, WireError> {
-        let fields = prefix(kind, bytes, 48)?;
+        let fields = prefix(kind, bytes, STATUS_SHORT)?;
+        let epoch_at = |at: usize| if bytes.len() < STATUS { Epoch::NEVER } else { Epoch::new(read_u32(bytes, at)) };
+        let copied = if bytes.len() < STATUS { 0 } else { read_u64(bytes, 56) };
+        if copied > VOLUME_SIZE_MAX / u64::from(BLOCK_SIZE) {
+            return Err(WireError::Field { kind, field: "copied" });
+        }
         Ok(Self {
             promised: Term::new(read_u64(fields, 0)),
             log_term: Term::new(read_u64(fields, 8)),
@@ -128,6 +151,8 @@ impl StatusAnswer {
                 2 => Content::Rebuilding,
                 _ => return Err(WireError::Field { kind, field: "content" }),
             },
+            epoch: epoch_at(48),
+            synced: Synced { epoch: epoch_at(52), copied: BlockIndex::new(copied), copied_epoch: epoch_at(64) },
         })
     }
 }
@@ -160,16 +185,60 @@ impl LogAnswer {
         if known == 0 {
             return Ok(Self { extents: LoggedExtents::Forgotten });
         }
-        if known != 1 || !rest.len().is_multiple_of(16) || rest.len() / 16 > LOG_EXTENTS_MAX {
+        if known != 1 {
+            return Err(WireError::Field { kind: KIND, field: "known" });
+        }
+        Ok(Self { extents: LoggedExtents::All(extents(KIND, rest, LOG_EXTENTS_MAX)?) })
+    }
+}
+
+/// Body of ChangedAnswer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChangedAnswer {
+    /// In ascending order, not overlapping; at most [`CHANGED_MAX`].
+    pub extents: Vec<Extent>,
+    /// Where to go on; `None` at the end of the volume.
+    pub next: Option<ByteOffset>,
+}
+
+impl ChangedAnswer {
+    /// Stands for no next one: no volume is so large.
+    const END: u64 = u64::MAX;
+
+    pub(super) fn encode(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.next.map_or(Self::END, ByteOffset::get).to_le_bytes());
+        for extent in &self.extents {
+            out.extend_from_slice(&extent.offset().get().to_le_bytes());
+            out.extend_from_slice(&extent.length().get().to_le_bytes());
+        }
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        const KIND: Kind = Kind::ChangedAnswer;
+        let next = read_u64(prefix(KIND, bytes, 8)?, 0);
+        let extents = extents(KIND, &bytes[8..], CHANGED_MAX)?;
+        let ascending = extents.windows(2).all(|pair| pair[0].end() <= pair[1].offset());
+        // An answer that doesn't get on would be asked for again for ever.
+        let gets_on = extents.last().is_none_or(|last| last.end().get() <= next);
+        if !ascending || !gets_on {
             return Err(WireError::Field { kind: KIND, field: "extents" });
         }
-        let extents = rest.chunks_exact(16).map(|entry| {
-            Extent::new(ByteOffset::new(read_u64(entry, 0)), ByteLength::new(read_u64(entry, 8)))
-                .filter(|extent| extent.is_block_aligned() && !extent.is_empty())
-                .ok_or(WireError::Field { kind: KIND, field: "extents" })
-        });
-        Ok(Self { extents: LoggedExtents::All(extents.collect::<Result<_, _>>()?) })
+        Ok(Self { extents, next: (next != Self::END).then_some(ByteOffset::new(next)) })
     }
+}
+
+/// Extents of whole blocks, 16 bytes each.
+fn extents(kind: Kind, bytes: &[u8], most: usize) -> Result<Vec<Extent>, WireError> {
+    let invalid = WireError::Field { kind, field: "extents" };
+    if !bytes.len().is_multiple_of(16) || bytes.len() / 16 > most {
+        return Err(invalid);
+    }
+    let extents = bytes.chunks_exact(16).map(|entry| {
+        Extent::new(ByteOffset::new(read_u64(entry, 0)), ByteLength::new(read_u64(entry, 8)))
+            .filter(|extent| extent.is_block_aligned() && !extent.is_empty())
+            .ok_or(invalid)
+    });
+    extents.collect()
 }
 
 macro_rules! error_codes {
@@ -220,6 +289,8 @@ error_codes! {
     Poisoned = 11,
     /// Too many connections or requests at once.
     Busy = 12,
+    /// What changed since that epoch is no longer known: compare everything.
+    EpochForgotten = 13,
 }
 
 /// Body of Error.

@@ -10,7 +10,8 @@ mod message;
 pub use frame::{Body, Frame};
 pub use header::{DATA_LENGTH_MAX, Flags, HEADER_LENGTH, Header, Kind, MAGIC, MESSAGE_LENGTH_MAX, RANGE_LENGTH_MAX, RequestId, VERSION};
 pub use message::{
-    ERROR_TEXT_MAX, ErrorBody, ErrorCode, FEATURES_INCOMPATIBLE, Hello, HelloAnswer, LOG_EXTENTS_MAX, LogAnswer, StatusAnswer,
+    ChangedAnswer, ERROR_TEXT_MAX, ErrorBody, ErrorCode, FEATURES_INCOMPATIBLE, Hello, HelloAnswer, LOG_EXTENTS_MAX, LogAnswer,
+    StatusAnswer,
 };
 
 use carrick_backing_store::{BlockIndex, VolumeId};

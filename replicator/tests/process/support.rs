@@ -258,14 +258,7 @@ pub fn load_spec(size: VolumeSize) -> LoadSpec {
 }
 
 pub fn engine_config(volume: VolumeId, size: VolumeSize, members: usize) -> EngineConfig {
-    EngineConfig {
-        volume,
-        size,
-        members,
-        replica_timeout: Duration::from_millis(1500),
-        backlog_bytes: 64 * MIB,
-        seed: std::process::id().into(),
-    }
+    EngineConfig::new(volume, size, members, std::process::id().into())
 }
 
 /// Makes a volume on these replicas.

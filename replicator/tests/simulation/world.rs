@@ -616,14 +616,12 @@ impl World {
             return;
         }
         self.incarnation += 1;
+        // Small, so that replicas fall behind, and lack only a part.
         let config = EngineConfig {
-            volume: volume(),
-            size: size(),
-            members: self.machines.len(),
-            replica_timeout: Duration::from_millis(1500),
-            // Small, so that replicas fall behind.
             backlog_bytes: 256 << 10,
-            seed: self.dice.number(),
+            epoch_bytes: 1 << (12 + self.dice.below(8)),
+            epoch_time: Duration::from_micros(1 + self.dice.skewed(2 * SECOND)),
+            ..EngineConfig::new(volume(), size(), self.machines.len(), self.dice.number())
         };
         let mut engine = Engine::new(config, self.pool.clone(), self.monotonic());
         // The kernel issues what was in flight again, in no particular order.

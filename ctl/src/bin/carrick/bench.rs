@@ -34,9 +34,6 @@ use crate::arguments::{Bench, ReadWrite};
 use crate::report::Problem;
 use crate::table::Table;
 
-/// As `carrick-target` has them.
-const REPLICA_TIMEOUT: Duration = Duration::from_millis(1500);
-const BACKLOG_BYTES: u64 = 64 << 20;
 /// Unused buffers that are kept.
 const POOL_BYTES: usize = 16 << 20;
 /// For a replica to answer after its start.
@@ -169,14 +166,7 @@ impl<'a> Plan<'a> {
 
     /// Runs one load to its end, and a flush after it.
     fn run(&self, volume: VolumeId, endpoints: &[Endpoint], spec: LoadSpec, flush_every: Option<u64>) -> Result<Measured, Problem> {
-        let config = EngineConfig {
-            volume,
-            size: self.size,
-            members: endpoints.len(),
-            replica_timeout: REPLICA_TIMEOUT,
-            backlog_bytes: BACKLOG_BYTES,
-            seed: rand_seed(),
-        };
+        let config = EngineConfig::new(volume, self.size, endpoints.len(), rand_seed());
         let pool = BufferPool::new(POOL_BYTES);
         let load = Load::new(spec, pool.clone()).map_err(Problem::local)?;
         let mut measured = Measured::new(load, flush_every);
