@@ -246,6 +246,8 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
                 replicas: config.replicas.iter().map(member).collect(),
                 requests_in_flight: 0,
                 waiting_for: (!serving).then(|| "a majority of its replicas: 0 of 3 answer".into()),
+                copied: ByteLength::ZERO,
+                repaired: 0,
             }))
         }
         TargetRequest::Detach { force } => {

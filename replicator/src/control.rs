@@ -174,6 +174,12 @@ pub struct TargetStatus {
     pub requests_in_flight: u32,
     /// What is being waited for, in words, if I/O is.
     pub waiting_for: Option<String>,
+    /// Data sent to replicas that lacked it, since the process started.
+    #[serde(default)]
+    pub copied: ByteLength,
+    /// Damaged reads that another replica answered, and whose blocks were written anew where they were damaged, since then.
+    #[serde(default)]
+    pub repaired: u64,
 }
 
 /// How a primary sees a replica.

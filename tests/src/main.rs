@@ -6,6 +6,8 @@ mod fio;
 mod first_volume;
 mod history;
 mod peer;
+mod replicas;
+mod replication;
 mod report;
 mod site;
 mod store;
@@ -34,6 +36,8 @@ struct Arguments {
 enum Topic {
     /// A replicated volume on a real kernel, end to end.
     FirstVolume,
+    /// Replicas that come back by themselves, with no more work than they missed.
+    Replication,
     /// What a store must hold, whatever happens to its process and its disk.
     Store,
     /// The part of that which needs no kernel: on a simulated disk.
@@ -47,6 +51,7 @@ fn main() -> ExitCode {
     let plan = report::Plan { quick: arguments.quick, seed };
     let items = match arguments.topic {
         Topic::FirstVolume => first_volume::items(),
+        Topic::Replication => replication::items(),
         Topic::Store => store::items(),
         Topic::StoreLibrary => store::library_items(),
     };

@@ -1,5 +1,6 @@
 //! A peer of the data protocol that speaks it by hand: for reading a replica's whole content, and for speaking it wrongly.
 
+use std::hash::{DefaultHasher, Hasher};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -109,21 +110,22 @@ impl Peer {
         Ok(Frame::range(Header { sequence: seq, ..self.header(Kind::WriteZeroes) }, extent))
     }
 
-    /// Every byte of the replica.
-    pub fn read_all(&mut self, size: u64) -> anyhow::Result<Vec<u8>> {
-        let mut content = Vec::new();
+    /// A digest of every byte of the replica.
+    pub fn digest(&mut self, size: u64) -> anyhow::Result<u64> {
+        let mut digest = DefaultHasher::new();
+        let zeroes = vec![0; usize::try_from(CHUNK)?];
         let mut offset = 0;
         while offset < size {
             let length = CHUNK.min(size - offset);
             let extent = Extent::new(ByteOffset::new(offset), ByteLength::new(length)).context("an extent")?;
             let read = Frame::range(self.header(Kind::Read), extent);
             match self.ask(&read)?.body {
-                Body::Data { data, .. } => content.extend_from_slice(&data),
-                Body::Empty => content.resize(content.len() + usize::try_from(length)?, 0),
+                Body::Data { data, .. } => digest.write(&data),
+                Body::Empty => digest.write(&zeroes[..usize::try_from(length)?]),
                 other => bail!("read was answered with {other:?}"),
             }
             offset += length;
         }
-        Ok(content)
+        Ok(digest.finish())
     }
 }

@@ -59,11 +59,16 @@ impl Site {
 
     /// A daemon with this many stores in folders of its own.
     pub fn with_stores(count: usize) -> anyhow::Result<Self> {
+        Self::with_sized_stores(count, STORE_SIZE)
+    }
+
+    /// The same, each of this size.
+    pub fn with_sized_stores(count: usize, size: &str) -> anyhow::Result<Self> {
         let site = Self::start()?;
         for index in 0..count {
             let path = site.path(&format!("store{index}"));
             fs::create_dir_all(&path)?;
-            site.carrick(&["store", "add", path_text(&path)?, "--size", STORE_SIZE])?;
+            site.carrick(&["store", "add", path_text(&path)?, "--size", size])?;
         }
         Ok(site)
     }
@@ -161,6 +166,11 @@ impl Site {
             let replicas = shown["replicas"].as_array().context("no replicas")?;
             Ok(replicas.iter().all(|replica| replica["state"] == "in-sync").then_some(()))
         })
+    }
+
+    /// Detaches, however long the last opener takes to close.
+    pub fn detach(&self, volume: &str) -> anyhow::Result<()> {
+        wait_for("the device to be free", SOON, || Ok(self.try_carrick(&["detach", volume])?.ok().map(|_| ())))
     }
 
     /// The last lines of the daemon's log, for failures.

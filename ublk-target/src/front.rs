@@ -128,6 +128,8 @@ impl TargetFrontEnd {
                 .collect(),
             requests_in_flight: self.queue.as_ref().map_or(0, UblkQueue::in_service),
             waiting_for: step.waiting_for.or_else(|| engine.waiting_for()),
+            copied: engine.copied(),
+            repaired: engine.repaired(),
         }
     }
 

@@ -249,7 +249,10 @@ impl Engine {
             return;
         }
         let copied = match frame.body {
-            Body::Data { checksums, data } => Frame::data(self.header(Kind::CopyWrite), chunk, checksums, data),
+            Body::Data { checksums, data } => {
+                self.copied = ByteLength::new(self.copied.get() + data.len() as u64);
+                Frame::data(self.header(Kind::CopyWrite), chunk, checksums, data)
+            }
             _ => Frame::range(self.header(Kind::CopyZeroes), chunk),
         };
         self.request(now, destination, copied, Outstanding::CopyWrite { destination, chunk });

@@ -139,6 +139,7 @@ pub struct Engine {
     slow_reader: Option<MemberIndex>,
     next_reader: usize,
     repaired: u64,
+    copied: ByteLength,
     aborted: bool,
     /// What keeps the election from going on, if it is not just missing members.
     note: Option<String>,
@@ -181,6 +182,7 @@ impl Engine {
             slow_reader: None,
             next_reader: 0,
             repaired: 0,
+            copied: ByteLength::ZERO,
             aborted: false,
             note: None,
             random: config.seed,
@@ -220,6 +222,12 @@ impl Engine {
     #[must_use]
     pub fn repaired(&self) -> u64 {
         self.repaired
+    }
+
+    /// How much data was sent to members that lacked it. Holes are none.
+    #[must_use]
+    pub fn copied(&self) -> ByteLength {
+        self.copied
     }
 
     /// How each member stands.

@@ -6,8 +6,7 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
-use carrick_backing_store::VolumeId;
+use anyhow::{Context, ensure};
 use carrick_backing_store::dice::Dice;
 use rustix::process::Signal;
 
@@ -15,12 +14,11 @@ use super::Plan;
 use crate::disk::Disk;
 use crate::fio::Fio;
 use crate::history::History;
-use crate::peer::Peer;
+use crate::replicas::identical;
 use crate::report::Found;
-use crate::site::{SOON, Site, path_text, run, signal, wait_for};
+use crate::site::{Site, path_text, run, signal};
 
 const VOLUME: &str = "vm1";
-const SIZE: u64 = 96 << 20;
 /// Bound of the promise.
 const STALL_MAX: Duration = Duration::from_secs(3);
 /// How long a whole copy of the small volume may take on a slow machine.
@@ -52,8 +50,8 @@ fn chaos(plan: &Plan, sector: &str) -> Found {
     site.wait_in_sync(VOLUME, COPY_LIMIT)?;
     verified_pass(&device, sector)?;
     site.wait_in_sync(VOLUME, COPY_LIMIT)?;
-    detach(&site)?;
-    let bytes = identical_replicas(&site)?;
+    site.detach(VOLUME)?;
+    let bytes = identical(&site, VOLUME)?;
     Ok(format!(
         "{killed}; fio {}, {requests} writes, reads, zeroes and trims beside it; {bytes} bytes the same on all three replicas",
         traffic(&said)
@@ -134,31 +132,6 @@ fn kill_at_random(site: &mut Site, fio: &mut Fio, dice: &mut Dice, kills: usize)
     Ok(format!("{replicas} kills of replicas, {targets} of the target, {daemons} of carrickd"))
 }
 
-/// Detaches, however long the last opener takes to close.
-fn detach(site: &Site) -> anyhow::Result<()> {
-    wait_for("the device to be free", SOON, || Ok(site.try_carrick(&["detach", VOLUME])?.ok().map(|_| ())))
-}
-
-/// Reads all replicas of the detached volume whole; how many bytes they have in common, which must be all.
-pub fn identical_replicas(site: &Site) -> anyhow::Result<usize> {
-    let shown = site.carrick(&["volume", "show", VOLUME])?;
-    let volume: VolumeId = shown["id"].as_str().context("a volume without id")?.parse()?;
-    let replicas = shown["replicas"].as_array().context("no replicas")?;
-    let mut first: Option<Vec<u8>> = None;
-    for replica in replicas {
-        let store = replica["store"].as_str().context("a replica without store")?;
-        let mut peer = Peer::connect(&site.path(&format!("run/replica/{store}.sock")), volume)?;
-        peer.take_over()?;
-        let content = peer.read_all(SIZE)?;
-        match &first {
-            Some(first) if *first != content => bail!("the replica in store {store} differs from the first"),
-            Some(_) => {}
-            None => first = Some(content),
-        }
-    }
-    Ok(first.map_or(0, |content| content.len()))
-}
-
 pub fn stopped_replica(_: &Plan) -> Found {
     let site = Site::with_stores(3)?;
     site.carrick(&["volume", "create", VOLUME, "--size", "96M"])?;
@@ -185,8 +158,8 @@ pub fn stopped_replica(_: &Plan) -> Found {
     drop(disk);
     ensure!(running, "the load ended while the replica was stopped");
     ensure!(longest <= STALL_MAX, "a request took {longest:?}");
-    detach(&site)?;
-    let bytes = identical_replicas(&site)?;
+    site.detach(VOLUME)?;
+    let bytes = identical(&site, VOLUME)?;
     Ok(format!("longest request {} ms of 3000; caught up, {bytes} bytes the same on all replicas", longest.as_millis()))
 }
 
@@ -223,7 +196,7 @@ pub fn file_system(_: &Plan) -> Found {
         run("diff", &["-r", path_text(&source)?, path_text(copy)?])?;
     }
     drop(mounted);
-    detach(&site)?;
+    site.detach(VOLUME)?;
     Ok(format!("{} copies of a tree are the same after 1 kill of a replica, 2 of the target and 1 of carrickd; e2fsck clean", copies.len()))
 }
 

@@ -14,7 +14,7 @@ use crate::disk::Disk;
 use crate::first_volume::chaos::{traffic, verifying_load};
 use crate::first_volume::idle::wakeups_of;
 use crate::report::{Found, Plan};
-use crate::site::{SOON, Site, path_text, signal, wait_for};
+use crate::site::{Site, path_text, signal};
 
 const STORE: u64 = 256 << 20;
 /// How long nothing may happen, and how soon that must be: the first scrub begins a minute after the start.
@@ -44,7 +44,7 @@ pub fn kills(plan: &Plan) -> Found {
     fs::write(&stop, "")?;
     let said = fio.finish().with_context(|| site.log_tail())?;
     ensure!(killed == wanted, "fio ended after {killed} kills of {wanted}");
-    wait_for("the device to be free", SOON, || Ok(site.try_carrick(&["detach", "vm1"])?.ok().map(|_| ())))?;
+    site.detach("vm1")?;
     // The last process gets no chance to tidy up.
     let last = site.pids("replica")?.first().copied().context("no replica at the end")?;
     site.kill_daemon()?;
@@ -65,7 +65,7 @@ pub fn idle(_: &Plan) -> Found {
     for round in 1..4 {
         Disk::open(&device)?.write_blocks(0, 2048, round)?;
     }
-    wait_for("the device to be free", SOON, || Ok(site.try_carrick(&["detach", "vm1"])?.ok().map(|_| ())))?;
+    site.detach("vm1")?;
     let pid = site.pids("replica")?.first().copied().context("no replica")?;
     // Nobody asks it how it is.
     site.kill_daemon()?;

@@ -133,6 +133,8 @@ pub fn volume(volume: &Volume) -> String {
         line("queue depth", &attachment.queue_depth.to_string());
         line("term", attachment.term.as_deref().unwrap_or(NONE));
         line("in flight", &attachment.requests_in_flight.to_string());
+        line("copied", &format!("{} to replicas that lacked it", HumanSize(attachment.copied_bytes)));
+        line("repaired", &format!("{} damaged reads", attachment.repaired_reads));
         attachment.waiting_for.as_deref().into_iter().for_each(|what| line("waits for", what));
         attachment.problem.as_deref().into_iter().for_each(|what| line("problem", what));
     }

@@ -249,6 +249,8 @@ fn attachment_message(record: &AttachmentRecord, target: Option<&Answer<TargetSt
         requests_in_flight: 0,
         waiting_for: None,
         problem: None,
+        copied_bytes: 0,
+        repaired_reads: 0,
     };
     match target {
         Some(Ok(status)) => {
@@ -257,6 +259,8 @@ fn attachment_message(record: &AttachmentRecord, target: Option<&Answer<TargetSt
             message.phase = target_phase(status.phase).into();
             message.requests_in_flight = status.requests_in_flight;
             message.waiting_for.clone_from(&status.waiting_for);
+            message.copied_bytes = status.copied.get();
+            message.repaired_reads = status.repaired;
         }
         Some(Err(why)) => message.problem = Some(format!("carrick-target {why}")),
         None => {}
