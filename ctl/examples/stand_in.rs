@@ -250,6 +250,7 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
                 repaired: 0,
             }))
         }
+        TargetRequest::SetRebuildRate { .. } => Ok(TargetAnswer::Done),
         TargetRequest::Detach { force } => {
             if named("busy") && !force {
                 let message = format!("/dev/ublkb7 is in use: stop what has volume {} open, or use --force", config.name);

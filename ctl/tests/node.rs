@@ -76,6 +76,25 @@ fn requests_that_make_no_sense_name_the_field() {
 }
 
 #[test]
+fn a_rebuild_rate_is_set_shown_kept_and_lifted() {
+    let mut node = Node::new(3);
+    node.carrick(&["volume", "create", "vm1", "--size", "1G"]).ok();
+    node.carrick(&["attach", "vm1"]).ok();
+    assert_eq!(node.carrick(&["volume", "set", "vm1", "rebuild-rate=50M"]).ok()["rebuild_rate"], 50 << 20);
+    node.kill_daemon();
+    node.start();
+    assert_eq!(node.carrick(&["volume", "show", "vm1"]).ok()["rebuild_rate"], 50 << 20);
+    node.carrick(&["volume", "set", "vm1", "rebuild-rate=512K"]).fails(2, "INVALID_FIELD");
+    node.carrick(&["volume", "set", "vm2", "rebuild-rate=none"]).fails(3, "VOLUME_NOT_FOUND");
+    for wrong in ["rebuild-rate", "rebuild-rate=fast", "colour=blue"] {
+        let answer = node.carrick(&["volume", "set", "vm1", wrong]);
+        assert!(answer.text.contains("rebuild-rate"), "{}", answer.text);
+        answer.fails(2, "USAGE");
+    }
+    assert_eq!(node.carrick(&["volume", "set", "vm1", "rebuild-rate=none"]).ok()["rebuild_rate"], 0);
+}
+
+#[test]
 fn a_full_store_fails_the_creation_and_nothing_of_it_is_left() {
     let node = Node::new(3);
     let store = node.store_path(2);

@@ -125,6 +125,11 @@ pub enum TargetRequest {
         /// Even while it is in use.
         force: bool,
     },
+    /// Copy so many bytes a second at most to replicas that lack them; without a rate, as many as go.
+    SetRebuildRate {
+        /// At least [`crate::engine::COPY_RATE_MIN`].
+        rate: Option<ByteLength>,
+    },
 }
 
 /// What it answers.
@@ -133,7 +138,7 @@ pub enum TargetRequest {
 pub enum TargetAnswer {
     /// To `Status`.
     Status(TargetStatus),
-    /// The device is gone; the process ends now.
+    /// To `Detach`: the device is gone, and the process ends now. To `SetRebuildRate`: from now on.
     Done,
     /// It is not, and nothing changed.
     Refused(ControlError),
@@ -263,6 +268,9 @@ pub struct TargetConfig {
     pub host: bool,
     /// The volume's replicas: all members of the config.
     pub replicas: Vec<ReplicaAddress>,
+    /// As in [`TargetRequest::SetRebuildRate`].
+    #[serde(default)]
+    pub rebuild_rate: Option<ByteLength>,
 }
 
 /// Where one replica is.

@@ -95,10 +95,14 @@ impl TargetFrontEnd {
         Self { config, mailboxes, notices, progress, pool, queue: None, flushing: None, releasing: None }
     }
 
-    fn on_command(&self, engine: &Engine, command: Command<TargetRequest, TargetAnswer>) {
+    fn on_command(&self, engine: &mut Engine, command: Command<TargetRequest, TargetAnswer>) {
         match command.request {
             TargetRequest::Status => command.reply.send(TargetAnswer::Status(self.status(engine))),
             TargetRequest::Detach { force } => self.notify(Notice::Detach { force, reply: command.reply }),
+            TargetRequest::SetRebuildRate { rate } => {
+                engine.set_copy_rate(rate);
+                command.reply.send(TargetAnswer::Done);
+            }
         }
     }
 

@@ -139,7 +139,9 @@ fn serve(
     progress: Progress,
 ) -> Result<(), PrimaryError> {
     let pool = BufferPool::new(POOL_KEEP);
-    let engine = EngineConfig::new(config.volume, config.size, config.replicas.len(), Uuid::new_v4().as_u64_pair().0);
+    let seed = Uuid::new_v4().as_u64_pair().0;
+    let engine =
+        EngineConfig { copy_rate: config.rebuild_rate, ..EngineConfig::new(config.volume, config.size, config.replicas.len(), seed) };
     let endpoints = config.replicas.iter().map(|replica| replica.endpoint.clone()).collect();
     let mut primary = Primary::new(engine, endpoints, pool.clone(), options.insecure)?;
     primary.run(&mut TargetFrontEnd::new(config, mailboxes, notices, progress, pool))

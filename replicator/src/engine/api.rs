@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use carrick_backing_store::{Extent, SharedBuffer, Term, VolumeId, VolumeSize};
+use carrick_backing_store::{ByteLength, Extent, SharedBuffer, Term, VolumeId, VolumeSize};
 
 use crate::wire::Frame;
 
@@ -32,6 +32,8 @@ pub struct EngineConfig {
     pub epoch_bytes: u64,
     /// And after this time, if anything was. Costs a durable record each.
     pub epoch_time: Duration,
+    /// Most bytes copied in a second to replicas that lack them, while the volume serves; `None`: as many as go.
+    pub copy_rate: Option<ByteLength>,
     /// Seed of what is random: the nonces of terms.
     pub seed: u64,
 }
@@ -48,6 +50,7 @@ impl EngineConfig {
             backlog_bytes: 64 << 20,
             epoch_bytes: 64 << 20,
             epoch_time: Duration::from_secs(1),
+            copy_rate: None,
             seed,
         }
     }

@@ -18,8 +18,6 @@ use crate::wire::{Body, Flags, Frame, Header, Kind};
 
 /// Bytes of one chunk: one frame's worth, so that a hole costs one round trip per MiB.
 const CHUNK: u64 = 1 << 20;
-/// Chunks under way per copy: enough to hide a round trip, few enough to leave room for foreground I/O.
-const CHUNKS_IN_FLIGHT: usize = 2;
 /// What changed is asked for while fewer ranges wait: a quarter of the longest answer.
 const RANGES_AHEAD: usize = 512;
 
@@ -93,8 +91,8 @@ impl Copy {
         }
     }
 
-    fn next_chunk(&mut self) -> Option<Extent> {
-        if self.under_way.len() >= CHUNKS_IN_FLIGHT {
+    fn next_chunk(&mut self, under_way_max: usize) -> Option<Extent> {
+        if self.under_way.len() >= under_way_max {
             return None;
         }
         let range = self.ranges.pop_front()?;
@@ -142,7 +140,10 @@ impl Engine {
     pub(super) fn advance_copy(&mut self, now: Monotonic, destination: MemberIndex) {
         self.ask_changed(now, destination, Side::Destination);
         self.ask_changed(now, destination, Side::Source);
-        while let Some(chunk) = self.members[destination.0].copy.as_mut().and_then(Copy::next_chunk) {
+        while let most = self.chunks_max(now)
+            && let Some(chunk) = self.members[destination.0].copy.as_mut().and_then(|copy| copy.next_chunk(most))
+        {
+            self.spend_on_copy(chunk.length());
             let owner = Owner::Copy(destination, chunk.offset());
             self.chunks.insert((destination, chunk.offset()), chunk);
             if self.locks.acquire(owner, chunk, Access::Shared) {
@@ -369,11 +370,11 @@ mod tests {
     fn overlapping_ranges_are_copied_once_in_chunks() {
         let mut copy = Copy::of([extent(8 << 20, 4096), extent(0, CHUNK), extent(4096, CHUNK)]);
         assert_eq!(copy.progress().1.get(), CHUNK + 4096 + 4096);
-        assert_eq!(copy.next_chunk(), Some(extent(0, CHUNK)));
-        assert_eq!(copy.next_chunk(), Some(extent(CHUNK, 4096)));
-        assert_eq!(copy.next_chunk(), None, "two are under way");
+        assert_eq!(copy.next_chunk(2), Some(extent(0, CHUNK)));
+        assert_eq!(copy.next_chunk(2), Some(extent(CHUNK, 4096)));
+        assert_eq!(copy.next_chunk(2), None, "two are under way");
         copy.under_way.clear();
-        assert_eq!(copy.next_chunk(), Some(extent(8 << 20, 4096)));
+        assert_eq!(copy.next_chunk(2), Some(extent(8 << 20, 4096)));
         assert!(!copy.is_finished());
         copy.under_way.clear();
         assert!(copy.is_finished());

@@ -30,6 +30,7 @@ impl Engine {
         self.advance_election(now);
         self.start_rebuilds(now);
         self.advance_epochs(now);
+        self.advance_copies(now);
         if self.stall_deadline.is_some_and(|deadline| deadline <= now) {
             self.stall_deadline = None;
             self.retry_stalled_reads(now);
@@ -58,7 +59,14 @@ impl Engine {
             [own, leave, lag.filter(|_| self.may_leave_behind(member))]
         });
         let read = self.read_times.front().map(|(at, _)| *at + self.config.replica_timeout);
-        members.flatten().chain(read).chain(self.gather_deadline()).chain(self.stall_deadline).chain(self.epoch_deadline()).min()
+        members
+            .flatten()
+            .chain(read)
+            .chain(self.gather_deadline())
+            .chain(self.stall_deadline)
+            .chain(self.epoch_deadline())
+            .chain(self.copy_deadline())
+            .min()
     }
 
     /// After this long without a sign of life a member that owes something is asked for one, so that a slow disk is told

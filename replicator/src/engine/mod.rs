@@ -20,6 +20,7 @@ mod election;
 mod epochs;
 mod liveness;
 mod member;
+mod pace;
 mod range_lock;
 mod requests;
 mod session;
@@ -32,6 +33,8 @@ use carrick_backing_store::{BLOCK_SIZE, BufferPool, ByteLength, ByteOffset, Epoc
 use difference::Side;
 use epochs::Epochs;
 use member::Member;
+pub use pace::COPY_RATE_MIN;
+use pace::Pace;
 use range_lock::RangeLock;
 use requests::{Job, JobId, Ongoing, Owner, Table, Waiter};
 
@@ -140,6 +143,7 @@ pub struct Engine {
     next_reader: usize,
     repaired: u64,
     copied: ByteLength,
+    pace: Pace,
     aborted: bool,
     /// What keeps the election from going on, if it is not just missing members.
     note: Option<String>,
@@ -183,6 +187,7 @@ impl Engine {
             next_reader: 0,
             repaired: 0,
             copied: ByteLength::ZERO,
+            pace: Pace::new(config.copy_rate, now),
             aborted: false,
             note: None,
             random: config.seed,

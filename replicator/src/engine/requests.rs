@@ -86,6 +86,10 @@ impl<T> Table<T> {
         self.slots.len() - 1
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.slots.len() == self.free.len()
+    }
+
     pub(super) fn get_mut(&mut self, index: usize) -> Option<&mut T> {
         self.slots.get_mut(index)?.as_mut()
     }

@@ -621,6 +621,7 @@ impl World {
             backlog_bytes: 256 << 10,
             epoch_bytes: 1 << (12 + self.dice.below(8)),
             epoch_time: Duration::from_micros(1 + self.dice.skewed(2 * SECOND)),
+            copy_rate: self.dice.coin().then_some(ByteLength::new(1 << 20)),
             ..EngineConfig::new(volume(), size(), self.machines.len(), self.dice.number())
         };
         let mut engine = Engine::new(config, self.pool.clone(), self.monotonic());

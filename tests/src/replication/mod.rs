@@ -18,6 +18,11 @@ pub fn items() -> Vec<Item> {
             run: resync::nothing_written_while_away,
         },
         Item {
+            name: "rate",
+            promise: "with rebuild-rate=20M, a copy beside I/O goes at 20 MiB/s at most; without a cap, faster",
+            run: resync::capped,
+        },
+        Item {
             name: "resume",
             promise: "a copy interrupted twice, by a kill of the replica and of the target, goes on; all replicas byte-identical",
             run: resync::interrupted_twice,

@@ -126,6 +126,29 @@ pub fn nothing_written_while_away(plan: &Plan) -> Found {
     Ok(format!("0 bytes copied, in sync after {seconds:.1} s; {bytes} bytes the same on all replicas"))
 }
 
+pub fn capped(plan: &Plan) -> Found {
+    let filled = Filled::new(plan)?;
+    let mut rates = Vec::new();
+    for setting in ["rebuild-rate=20M", "rebuild-rate=none"] {
+        filled.site.carrick(&["volume", "set", VOLUME, setting])?;
+        let away = filled.replica()?;
+        signal(away, Signal::STOP)?;
+        filled.write(&["--rw=write", "--bs=1M", "--iodepth=4"])?;
+        filled.wait_behind()?;
+        signal(away, Signal::CONT)?;
+        filled.wait_copying()?;
+        let (before, begin) = (filled.copied()?, Instant::now());
+        filled.wait_in_sync()?;
+        rates.push((filled.copied()? - before) as f64 / MIB as f64 / begin.elapsed().as_secs_f64());
+    }
+    let [slow, fast] = rates[..] else { anyhow::bail!("{} rates", rates.len()) };
+    // What was saved up before, and a chunk over.
+    ensure!(slow <= 20.0 * 1.2, "{slow:.1} MiB/s with a cap of 20");
+    ensure!(fast > slow, "{fast:.1} MiB/s without a cap, {slow:.1} with one");
+    let bytes = filled.end()?;
+    Ok(format!("{slow:.1} MiB/s (bound 24) with the cap, {fast:.1} without; {bytes} bytes the same on all replicas"))
+}
+
 pub fn interrupted_twice(plan: &Plan) -> Found {
     let filled = Filled::new(plan)?;
     let away = filled.replica()?;

@@ -34,7 +34,16 @@ impl Machine {
         let run = RunDirectory::new(RUN);
         let volume = VolumeId::random();
         let size = VolumeSize::new(256 << 20).unwrap();
-        let config = TargetConfig { volume, name: "test".into(), size, block_size, queue_depth: 128, host: false, replicas: Vec::new() };
+        let config = TargetConfig {
+            volume,
+            name: "test".into(),
+            size,
+            block_size,
+            queue_depth: 128,
+            host: false,
+            replicas: Vec::new(),
+            rebuild_rate: None,
+        };
         let mut machine = Self { config, run, folder: tempfile::tempdir().unwrap(), replicas: Vec::new(), target: None };
         for number in 0..replicas {
             machine.add_replica(number);

@@ -130,6 +130,15 @@ pub enum VolumeCommand {
         /// Its name
         name: String,
     },
+    /// Change how a volume is run, at any time
+    Set {
+        /// Its name
+        name: String,
+        /// rebuild-rate=50M: copy so many bytes a second at most to replicas that lack them (at least 1M); rebuild-rate=none: as
+        /// many as go
+        #[arg(required = true, value_name = "KEY=VALUE", value_parser = setting)]
+        settings: Vec<Setting>,
+    },
     /// Delete a volume with its data
     Delete {
         /// Its name
@@ -246,6 +255,22 @@ fn replicas(text: &str) -> Result<usize, String> {
 
 fn size(text: &str) -> Result<u64, SizeError> {
     parse_size(text)
+}
+
+/// What can be changed of a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Setting {
+    /// Bytes a second; zero is no cap.
+    RebuildRate(u64),
+}
+
+fn setting(text: &str) -> Result<Setting, String> {
+    match text.split_once('=') {
+        Some(("rebuild-rate", "none")) => Ok(Setting::RebuildRate(0)),
+        Some(("rebuild-rate", rate)) => parse_size(rate).map(Setting::RebuildRate).map_err(|error| error.to_string()),
+        Some((key, _)) => Err(format!("there is no setting {key}; there is rebuild-rate")),
+        None => Err("write KEY=VALUE, such as rebuild-rate=50M".to_owned()),
+    }
 }
 
 #[cfg(test)]

@@ -127,6 +127,9 @@ pub fn volume(volume: &Volume) -> String {
     line("block size", &volume.block_size.to_string());
     line("state", &volume_state(volume));
     line("config", &volume.config_version.to_string());
+    if volume.rebuild_rate > 0 {
+        line("rebuilds at", &format!("{} a second at most", HumanSize(volume.rebuild_rate)));
+    }
     if let Some(attachment) = &volume.attachment {
         line("device", attachment.device.as_deref().unwrap_or(NONE));
         line("used by", if attachment.host { "the host" } else { "a guest" });
@@ -310,6 +313,7 @@ mod tests {
             block_size: 512,
             config_version: 1,
             created_unix: 0,
+            rebuild_rate: 0,
             state: VolumeState::Ready.into(),
             replicas: vec![
                 replica(ReplicaState::InSync, None),

@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use carrick_backing_store::ByteLength;
 use carrick_replicator::control::{
     ControlError, LINE_MAX, ReplicaAnswer, ReplicaProcessStatus, ReplicaRequest, TargetAnswer, TargetRequest, TargetStatus,
 };
@@ -92,6 +93,15 @@ pub async fn target_status(socket: &Path) -> Result<TargetStatus, CallError> {
 /// Asks a carrick-target to take its device away and end.
 pub async fn detach(socket: &Path, force: bool) -> Result<(), CallError> {
     match ask(socket, &TargetRequest::Detach { force }, DETACH_LIMIT).await? {
+        TargetAnswer::Done => Ok(()),
+        TargetAnswer::Refused(error) => Err(CallError::Refused(error)),
+        TargetAnswer::Status(_) => Err(unexpected()),
+    }
+}
+
+/// Tells a carrick-target how fast it may copy to replicas that lack something.
+pub async fn set_rebuild_rate(socket: &Path, rate: Option<ByteLength>) -> Result<(), CallError> {
+    match ask(socket, &TargetRequest::SetRebuildRate { rate }, STATUS_LIMIT).await? {
         TargetAnswer::Done => Ok(()),
         TargetAnswer::Refused(error) => Err(CallError::Refused(error)),
         TargetAnswer::Status(_) => Err(unexpected()),

@@ -224,6 +224,7 @@ fn target_config(run: &RunDirectory, state: &State, id: ProcessId) -> Option<Tar
         queue_depth: attachment.queue_depth,
         host: attachment.host,
         replicas: volume.replicas.iter().map(replica).collect(),
+        rebuild_rate: volume.rebuild_rate,
     })
 }
 

@@ -196,6 +196,7 @@ mod tests {
                 config_version: 1,
                 created_unix: 0,
                 phase,
+                rebuild_rate: None,
             };
             self.state.volumes.insert(VOLUME, record);
             self

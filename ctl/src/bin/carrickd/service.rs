@@ -125,6 +125,13 @@ impl VolumeService for Services {
         Ok(Response::new(v1::GetVolumeResponse { volume: Some(self.look_at_volume(&state, id).await?) }))
     }
 
+    async fn set_volume(&self, request: Request<v1::SetVolumeRequest>) -> Result<Response<v1::SetVolumeResponse>, Status> {
+        let v1::SetVolumeRequest { name, rebuild_rate } = request.into_inner();
+        let id = self.change(move |context| async move { volumes::set(&context, &name, rebuild_rate).await }).await?;
+        let volume = self.look_at_volume(&self.context.state(), id).await?;
+        Ok(Response::new(v1::SetVolumeResponse { volume: Some(volume) }))
+    }
+
     async fn delete_volume(&self, request: Request<v1::DeleteVolumeRequest>) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
         let v1::DeleteVolumeRequest { name } = request.into_inner();
         let left = self.change(move |context| async move { volumes::delete(&context, &name).await }).await?;

@@ -93,6 +93,7 @@ impl View<'_> {
             block_size: record.block_size,
             config_version: record.config_version,
             created_unix: record.created_unix,
+            rebuild_rate: record.rebuild_rate.map_or(0, |rate| rate.get()),
             state: state.into(),
             replicas: record.replicas.iter().map(replica).collect(),
             attachment: attachment.map(|attachment| attachment_message(attachment, target)),

@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use carrick_backing_store::{StoreId, VolumeId, VolumeSize};
+use carrick_backing_store::{ByteLength, StoreId, VolumeId, VolumeSize};
 use carrick_ctl::name::VolumeName;
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +51,9 @@ pub struct VolumeRecord {
     pub created_unix: u64,
     /// Where it stands.
     pub phase: VolumePhase,
+    /// Most bytes copied in a second to replicas that lack them. Volumes of before have no cap.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rebuild_rate: Option<ByteLength>,
 }
 
 /// Where a volume stands.

@@ -46,6 +46,7 @@ fn volume(number: u8, name: &str, stores: &[u8]) -> VolumeRecord {
         config_version: 1,
         created_unix: 1_700_000_001,
         phase: VolumePhase::Ready,
+        rebuild_rate: None,
     }
 }
 
