@@ -7,13 +7,13 @@
 
 use std::time::Duration;
 
-use carrick_backing_store::{Content, Epoch, LoggedExtents, Seq};
+use carrick_backing_store::{Content, Epoch, LoggedExtents, Seq, Term};
 
 use super::copy::Copy;
 use super::member::Stage;
 use super::{Action, Engine, MemberIndex, Outstanding, Phase};
 use crate::time::Monotonic;
-use crate::wire::{Body, Flags, Frame, Header, Kind, StatusAnswer};
+use crate::wire::{Body, Frame, Header, Kind, StatusAnswer};
 
 /// How long a majority waits for the other members, so as not to leave them behind for nothing. A local replica answers within
 /// a millisecond; half a second also catches one that is just being restarted.
@@ -132,33 +132,31 @@ impl Engine {
         let Stage::Comparing { logged: Some(chosen_log), .. } = &self.members[chosen.0].stage else { return };
         let chosen_log = chosen_log.clone();
         // Members that differ from the chosen one in known extents only are quick to bring along.
-        let mut plans: Vec<(MemberIndex, Option<Copy>, Flags)> = Vec::new();
+        let mut plans: Vec<(MemberIndex, Option<Copy>)> = Vec::new();
         for index in self.member_indices().filter(|index| *index != chosen) {
             if let Stage::Comparing { logged: Some(LoggedExtents::All(own)), .. } = &self.members[index.0].stage
                 && let LoggedExtents::All(others) = &chosen_log
             {
                 let copy = Copy::of(own.iter().chain(others).copied());
-                plans.push((index, (!copy.is_finished()).then_some(copy), Flags::NONE));
+                plans.push((index, (!copy.is_finished()).then_some(copy)));
             }
         }
         if plans.len() + 1 < self.majority() {
             // They are no majority: what the others lack is copied to them before anything is served.
             for index in self.member_indices().filter(|index| *index != chosen) {
-                let (status, flags) = match &self.members[index.0].stage {
-                    Stage::Comparing { .. } if plans.iter().any(|(planned, ..)| *planned == index) => continue,
-                    // What it has is not worthless: if the chosen one is lost now, it may be the best there is.
-                    Stage::Comparing { status, .. } => (status, Flags::NONE),
-                    Stage::Promised(status) => (status, Flags::REBUILD),
+                let status = match &self.members[index.0].stage {
+                    Stage::Comparing { .. } if plans.iter().any(|(planned, _)| *planned == index) => continue,
+                    Stage::Comparing { status, .. } | Stage::Promised(status) => status,
                     _ => continue,
                 };
-                plans.push((index, Some(Copy::since(status.synced, self.config.size)), flags));
+                plans.push((index, Some(Copy::since(status.synced, self.config.size))));
             }
         }
         self.phase = Phase::Reconciling;
         self.members[chosen.0].stage = Stage::Reconciled;
         self.tell_epoch(now, chosen, true);
-        for (index, copy, flags) in plans {
-            self.begin_reconciling(now, index, copy, flags);
+        for (index, copy) in plans {
+            self.begin_reconciling(now, index, copy);
         }
         // The rest waits until the volume is served.
         for member in &mut self.members {
@@ -169,7 +167,8 @@ impl Engine {
         self.adopt_when_reconciled(now);
     }
 
-    fn begin_reconciling(&mut self, now: Monotonic, index: MemberIndex, copy: Option<Copy>, flags: Flags) {
+    /// What the member has keeps its rank until it adopts the term: if the chosen one is lost now, it may be the best there is.
+    fn begin_reconciling(&mut self, now: Monotonic, index: MemberIndex, copy: Option<Copy>) {
         // No copied block may carry an earlier epoch than the original.
         self.tell_epoch(now, index, true);
         let Some(copy) = copy else {
@@ -179,7 +178,7 @@ impl Engine {
         let member = &mut self.members[index.0];
         member.stage = Stage::Reconciling { begun: false };
         member.copy = Some(copy);
-        let header = Header { flags, sequence: Seq::ZERO, ..self.header(Kind::CopyBegin) };
+        let header = Header { sequence: Seq::ZERO, ..self.header(Kind::CopyBegin) };
         self.request(now, index, Frame::new(header, Body::Empty), Outstanding::Control);
     }
 
@@ -189,6 +188,7 @@ impl Engine {
         {
             return;
         }
+        self.adopting = true;
         for index in self.member_indices() {
             if matches!(self.members[index.0].stage, Stage::Reconciled) {
                 let member = &mut self.members[index.0];
@@ -209,14 +209,25 @@ impl Engine {
             return;
         }
         self.phase = Phase::Serving;
+        self.adopting = false;
         self.chosen = None;
         self.actions.push_back(Action::Serve(term));
         self.start_rebuilds(now);
         self.start_queued(now);
     }
 
-    /// A participant was lost before serving: what the others hold is asked for anew, under the same term.
+    /// A participant was lost before serving: what the others hold is asked for anew. Under the same term only if nobody can have
+    /// adopted it: one that did and comes back would pass for equal to others that then adopt another content.
     pub(super) fn restart_gathering(&mut self, now: Monotonic) {
+        let renew = std::mem::take(&mut self.adopting);
+        if renew {
+            let nonce = self.random();
+            let Some(term) = self.term.and_then(|term| term.successor(nonce)) else {
+                // Nothing can be chosen any more: its supervisor starts it again, and the next attempt says so.
+                return self.supersede(self.term.unwrap_or(Term::ZERO));
+            };
+            self.term = Some(term);
+        }
         self.phase = Phase::Gathering { majority_at: None };
         self.chosen = None;
         self.stalled_chunks.clear();
@@ -236,7 +247,8 @@ impl Engine {
                     | Stage::Reconciled
                     | Stage::Adopting
                     | Stage::Joined
-            ) {
+            ) || renew && matches!(self.members[index.0].stage, Stage::Promising)
+            {
                 self.forget_outstanding(index);
                 self.ask_promise(now, index);
             }

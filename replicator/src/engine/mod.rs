@@ -116,6 +116,8 @@ pub struct Engine {
     members: Vec<Member>,
     /// The member whose content counts, before serving.
     chosen: Option<MemberIndex>,
+    /// Before serving: some member may have adopted the term.
+    adopting: bool,
     epochs: Epochs,
     backlog: Backlog,
     /// A majority has received the writes up to this.
@@ -167,6 +169,7 @@ impl Engine {
             term: None,
             members: (0..config.members).map(|_| Member::new(now)).collect(),
             chosen: None,
+            adopting: false,
             epochs: Epochs::default(),
             backlog: Backlog::new(),
             acknowledged: Seq::ZERO,

@@ -291,7 +291,7 @@ impl Engine {
     }
 
     /// Another primary has taken over: nothing is completed any more.
-    fn supersede(&mut self, promised: Term) {
+    pub(super) fn supersede(&mut self, promised: Term) {
         self.phase = Phase::Superseded;
         self.actions.push_back(Action::Superseded { promised });
     }
