@@ -129,25 +129,17 @@ impl Bounds {
             }
         }
     }
-}
 
-impl Bounds {
     /// Writes down which contents a primary may choose that starts now.
     fn tell_choices(&self, told: &mut String, state: &State) {
-        let by_record = self.choices_by_record(state, state.record, ALL).map(|chosen| (state.record, chosen));
-        for (source, choices) in
-            [("with", by_record.collect::<Vec<_>>()), ("without", self.choices_by_replicas(state, ALL).collect::<Vec<_>>())]
-        {
-            let mut choices: Vec<String> =
-                choices.iter().map(|(config, chosen)| format!("r{chosen} in config {}", told_config(*config))).collect();
+        let mut tell = |source: &str, choices: &mut dyn Iterator<Item = (Config, usize)>| {
+            let mut choices: Vec<String> = choices.map(|(config, chosen)| format!("r{chosen} in config {}", told_config(config))).collect();
             choices.dedup();
-            writeln!(
-                told,
-                "a primary that starts now {source} the store may choose: {}",
-                if choices.is_empty() { "nothing".to_owned() } else { choices.join(", ") }
-            )
-            .unwrap();
-        }
+            let choices = if choices.is_empty() { "nothing".to_owned() } else { choices.join(", ") };
+            writeln!(told, "a primary that starts now {source} the store may choose: {choices}").unwrap();
+        };
+        tell("with", &mut self.choices_by_record(state, state.record, ALL).map(|chosen| (state.record, chosen)));
+        tell("without", &mut self.choices_by_replicas(state, ALL));
     }
 }
 
