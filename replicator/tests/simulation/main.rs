@@ -1,38 +1,75 @@
-//! The seeded simulation: engine, replica sessions and the in-memory store in virtual time, with crashes, lost connections and
-//! losses of power, checked against the history of every sector.
+//! The seeded simulation: engine, replica sessions and their stores in virtual time, with crashes, lost connections and losses of
+//! power, checked against the history of every sector. The stores of some seeds are the real ones, on a simulated disk; those of the
+//! others are in memory.
 //!
 //! * `cargo test --release -p carrick-replicator --test simulation` runs new seeds for a fixed time, and all seeds that once failed.
-//! * `CARRICK_SIM_SECONDS=3600` makes it a soak. `CARRICK_SIM_SEED=N` replays one run, and tells what happened in it.
+//!   At its end it tells what happened in them.
+//! * `CARRICK_SIM_SECONDS=3600` makes it a soak. `CARRICK_SIM_SEED=N` replays one run, and tells all that happened in it, whether it
+//!   fails or not. `CARRICK_SIM_STORE=memory` or `map` gives all replicas this kind of store.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that finds no value has found a failure")]
 
 mod checker;
+mod coverage;
+mod machine_store;
 mod world;
 
+use std::collections::BTreeMap;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
+use carrick_backing_store::dice::Dice;
+
+use coverage::Coverage;
+use machine_store::StoreKind;
 use world::{Plan, World};
 
 /// How long new seeds are tried unless told otherwise.
 const SECONDS_DEFAULT: u64 = 20;
+/// Lines that are told of a run that failed among many.
+const LOG_LINES: usize = 400;
+/// In so many runs everything should have happened.
+const RUNS_THAT_COVER: u64 = 2000;
 /// Seeds that found something once.
 const FAILED_ONCE: &[u64] = &[];
 
-fn plan(seed: u64) -> Plan {
+fn plan(seed: u64, log_lines: usize) -> Plan {
     let replicas = [3, 3, 3, 1, 2, 5][usize::try_from(seed % 6).unwrap()];
-    Plan { seed, replicas, requests: 200 + seed % 300, rot: replicas >= 3 && seed.is_multiple_of(5) }
+    let store = match std::env::var("CARRICK_SIM_STORE").as_deref() {
+        Ok("memory") => StoreKind::Memory,
+        Ok("map") => StoreKind::Map,
+        Ok(other) => panic!("CARRICK_SIM_STORE is memory or map, not {other:?}"),
+        // What else the seed decides says nothing of this.
+        Err(_) if Dice::new(seed ^ 0x7374_6f72).once_in(3) => StoreKind::Map,
+        Err(_) => StoreKind::Memory,
+    };
+    Plan { seed, replicas, requests: 200 + seed % 300, rot: replicas >= 3 && seed.is_multiple_of(5), store, log_lines }
+}
+
+/// Tells something, whether the test fails or not.
+fn tell(line: &str) {
+    // Not eprintln!, whose output is kept back.
+    let mut out = std::io::stderr().lock();
+    writeln!(out, "{line}").unwrap();
 }
 
 /// Runs one seed; on a violation, tells how to see it again.
-fn run(seed: u64) {
-    let mut world = World::new(plan(seed));
-    if let Err(reason) = world.run() {
-        for line in &world.log {
-            eprintln!("{line}");
-        }
-        panic!("seed {seed}: {reason}\nreplay: CARRICK_SIM_SEED={seed} cargo test --release -p carrick-replicator --test simulation");
+fn run(plan: Plan, always_tells: bool) -> Coverage {
+    let mut world = World::new(plan);
+    let result = world.run();
+    if always_tells || result.is_err() {
+        tell(&format!("{plan:?}"));
+        world.log.iter().for_each(|line| tell(line));
+        tell(&world.coverage().to_string());
+    }
+    let seed = plan.seed;
+    if let Err(reason) = result {
+        let store = std::env::var("CARRICK_SIM_STORE").map(|kind| format!("CARRICK_SIM_STORE={kind} ")).unwrap_or_default();
+        let again = format!("CARRICK_SIM_SEED={seed} {store}cargo test --release -p carrick-replicator --test simulation");
+        panic!("seed {seed}: {reason}\nreplay: {again}");
     }
     assert!(world.term().is_some(), "seed {seed}: nobody ever became primary");
+    world.coverage()
 }
 
 fn variable(name: &str) -> Option<u64> {
@@ -41,13 +78,14 @@ fn variable(name: &str) -> Option<u64> {
 
 #[test]
 fn seeds_that_failed_once_stay_fixed() {
-    FAILED_ONCE.iter().for_each(|seed| run(*seed));
+    FAILED_ONCE.iter().for_each(|seed| _ = run(plan(*seed, LOG_LINES), false));
 }
 
 #[test]
 fn random_schedules_lose_nothing() {
     if let Some(seed) = variable("CARRICK_SIM_SEED") {
-        return run(seed);
+        run(plan(seed, usize::MAX), true);
+        return;
     }
     let limit = Duration::from_secs(variable("CARRICK_SIM_SECONDS").unwrap_or(SECONDS_DEFAULT));
     let first = variable("CARRICK_SIM_FIRST").unwrap_or_else(|| {
@@ -55,11 +93,25 @@ fn random_schedules_lose_nothing() {
         u64::try_from(now.as_micros()).unwrap()
     });
     let begin = Instant::now();
-    let mut runs = 0;
-    while begin.elapsed() < limit {
-        run(first + runs);
-        runs += 1;
+    let mut seen: BTreeMap<StoreKind, (Coverage, Duration)> = BTreeMap::new();
+    for seed in first.. {
+        if begin.elapsed() >= limit {
+            break;
+        }
+        let plan = plan(seed, LOG_LINES);
+        let began = Instant::now();
+        let coverage = run(plan, false);
+        let (total, time) = seen.entry(plan.store).or_default();
+        total.add(&coverage);
+        *time += began.elapsed();
     }
-    println!("{runs} schedules from seed {first} on, {:.0} a minute", runs as f64 * 60.0 / begin.elapsed().as_secs_f64());
-    assert!(runs > 0);
+    let mut all = Coverage::default();
+    tell(&format!("schedules from seed {first} on:"));
+    for (kind, (coverage, time)) in seen {
+        tell(&format!("{kind:?} stores, {:.0} runs a minute: {coverage}", coverage.runs as f64 * 60.0 / time.as_secs_f64()));
+        all.add(&coverage);
+    }
+    assert!(all.runs > 0);
+    let never = if all.runs < RUNS_THAT_COVER { Vec::new() } else { all.never_happened() };
+    assert!(never.is_empty(), "in {} runs there were no {}", all.runs, never.join(", no "));
 }

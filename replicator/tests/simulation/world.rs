@@ -1,4 +1,4 @@
-//! A primary, three replicas, the network between them and a client, in virtual time: one thread, one seed.
+//! A primary, its replicas, the network between them and a client, in virtual time: one thread, one seed.
 //!
 //! What is simulated: messages that take time and arrive in order per connection; connections that break, with what is on its
 //! way lost or still delivered; replicas killed, stopped for a while, and restarted; the target killed, its last messages arriving
@@ -6,30 +6,35 @@
 //! blocks that rot; syncs that fail. What is not: bytes (frames are passed whole), and more faults at once than the protocol
 //! is meant to survive.
 
+mod client;
+mod faults;
+mod network;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use carrick_backing_store::dice::Dice;
-use carrick_backing_store::{
-    BlockIndex, BufferPool, ByteLength, ByteOffset, Extent, MemoryStore, Operation, Outcome, PowerLoss, ReadData, ReplicaSpec,
-    ReplicaStore, StoreId, Term, Token, VolumeId, VolumeSize,
-};
+use carrick_backing_store::{BufferPool, PowerLoss, Term};
 use carrick_replicator::control::MemberState;
-use carrick_replicator::engine::{Action, Engine, EngineConfig, MemberIndex, ReadBytes, Request, RequestError, RequestTag, Response};
+use carrick_replicator::engine::{Action, Engine, MemberIndex, RequestTag};
 use carrick_replicator::replica::{ConnectionId, ReplicaService, ServiceAction};
 use carrick_replicator::time::Monotonic;
-use carrick_replicator::wire::Frame;
+use carrick_replicator::wire::{Flags, Frame, Kind};
 
-use crate::checker::{Checker, SECTOR, sector_bytes};
+use crate::checker::{Checker, SECTOR};
+use crate::coverage::Coverage;
+use crate::machine_store::{MachineStore, StoreKind, machine_store};
+use client::Pending;
+use faults::Calm;
+use network::Connection;
 
 /// Microseconds of virtual time.
-type Micros = u64;
+pub type Micros = u64;
 
 const MILLISECOND: Micros = 1_000;
 const SECOND: Micros = 1_000_000;
-/// Small, so that requests collide: 48 blocks.
-const BLOCKS: u64 = 48;
-const DEPTH: usize = 8;
+/// From when a store's alarm rings to when its process looks.
+const ALARM_LATENCY: Micros = 50;
 /// After all faults have ended, everything must be in sync and answered within this.
 const HEAL_LIMIT: Micros = 60 * SECOND;
 
@@ -47,6 +52,9 @@ pub struct Plan {
     pub requests: u64,
     /// Blocks rot, one at a time, instead of machines losing power: both together may leave no good copy.
     pub rot: bool,
+    pub store: StoreKind,
+    /// What happened longest ago is forgotten beyond so many lines.
+    pub log_lines: usize,
 }
 
 #[derive(Debug)]
@@ -60,9 +68,13 @@ enum Event {
     /// The end of the replica learns that the connection is gone.
     GoneAtReplica(ConnectionId),
     GoneAtTarget(ConnectionId),
-    /// An operation in this replica's store completes.
-    Complete(usize),
+    /// Something that is under way in this replica's store completes, if it is still this opening of the store.
+    Complete(usize, u64),
+    /// This replica's store wants to be looked at.
+    Alarm(usize),
     StartReplica(usize),
+    /// A replica whose store takes nothing any more is ended, to be started anew.
+    Replace(usize),
     Resume(usize),
     StartTarget,
     Timer(u64),
@@ -70,7 +82,15 @@ enum Event {
 }
 
 struct Machine {
-    store: MemoryStore,
+    store: Box<dyn MachineStore>,
+    /// Counts how often the store was opened.
+    opening: u64,
+    /// Completions that are scheduled for this opening.
+    completions_due: usize,
+    /// When its store is next looked at for its alarm.
+    alarm: Option<Micros>,
+    /// Operations in the store.
+    operations: usize,
     /// `None` while the process is dead.
     service: Option<ReplicaService>,
     /// Stopped by a signal: events wait here.
@@ -78,24 +98,6 @@ struct Machine {
     connections: BTreeSet<ConnectionId>,
     /// Since its last damage, this one needs care: no second fault that the protocol can't survive.
     rotten: bool,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Connection {
-    replica: usize,
-    /// When the last frame in each direction arrives, so that order is kept.
-    to_replica: Micros,
-    to_target: Micros,
-    open_at_target: bool,
-    /// Nothing sent to the replica arrives any more.
-    cut: bool,
-}
-
-#[derive(Clone, Debug)]
-struct Pending {
-    request: Request,
-    began: u64,
-    stamp: u64,
 }
 
 pub struct World {
@@ -119,31 +121,31 @@ pub struct World {
     checker: Checker,
     pool: BufferPool,
     faults: bool,
+    calm: Option<Calm>,
     steps: u64,
+    /// Per member: joined under this target, and its machine kept its power since.
+    joined: Vec<bool>,
+    /// Per member: a copy into it has begun, and nothing is known of its extent.
+    copy_begun: Vec<bool>,
+    coverage: Coverage,
     pub log: VecDeque<String>,
-}
-
-fn volume() -> VolumeId {
-    VolumeId::from_bytes([7; 16])
-}
-
-fn size() -> VolumeSize {
-    VolumeSize::new(BLOCKS * 4096).unwrap()
-}
-
-fn sectors(extent: Extent) -> std::ops::Range<u64> {
-    extent.offset().get() / SECTOR..extent.end().get() / SECTOR
 }
 
 impl World {
     pub fn new(plan: Plan) -> Self {
         let machines = (0..plan.replicas).map(|index| {
-            let mut store = MemoryStore::with_id(StoreId::from_bytes([u8::try_from(index).unwrap(); 16])).with_manual_completion();
-            if plan.seed.is_multiple_of(3) && !plan.rot {
-                store = store.with_log_capacity(16);
+            let short_log = plan.seed.is_multiple_of(3) && !plan.rot;
+            Machine {
+                store: machine_store(plan.store, index, plan.seed, short_log),
+                opening: 0,
+                completions_due: 0,
+                alarm: None,
+                operations: 0,
+                service: None,
+                stopped: None,
+                connections: BTreeSet::new(),
+                rotten: false,
             }
-            store.create(ReplicaSpec { volume: volume(), size: size() }).unwrap();
-            Machine { store, service: None, stopped: None, connections: BTreeSet::new(), rotten: false }
         });
         let mut world = Self {
             dice: Dice::new(plan.seed),
@@ -164,7 +166,11 @@ impl World {
             checker: Checker::default(),
             pool: BufferPool::new(1 << 20),
             faults: true,
+            calm: None,
             steps: 0,
+            joined: vec![false; plan.replicas],
+            copy_begun: vec![false; plan.replicas],
+            coverage: Coverage::default(),
             log: VecDeque::new(),
             plan,
         };
@@ -183,7 +189,7 @@ impl World {
     }
 
     fn run_faults(&mut self) -> Result<(), String> {
-        while self.completed < self.plan.requests {
+        while self.completed < self.plan.requests || self.calm.is_some() {
             self.step()?;
             if self.now > 1_000 * SECOND {
                 return Err(format!("only {} requests in 1,000 s: {}", self.completed, self.describe()));
@@ -207,7 +213,22 @@ impl World {
                 return Err(format!("not in order {} s after the faults ended: {}", HEAL_LIMIT / SECOND, self.describe()));
             }
         }
-        self.compare()
+        self.compare()?;
+        self.machines
+            .iter_mut()
+            .enumerate()
+            .try_for_each(|(index, machine)| machine.store.finish().map_err(|reason| format!("replica {index} at its end: {reason}")))
+    }
+
+    /// What happened.
+    pub fn coverage(&self) -> Coverage {
+        let mut coverage = self.coverage;
+        coverage.runs = 1;
+        if let Some(engine) = &self.engine {
+            coverage.add_engine(engine);
+        }
+        self.machines.iter().for_each(|machine| coverage.add_store(machine.store.counts()));
+        coverage
     }
 
     fn describe(&self) -> String {
@@ -216,15 +237,19 @@ impl World {
         format!("{} requests pending, engine {members:?}, replicas {reports:?}", self.pending.len())
     }
 
+    /// Every replica is in sync, and has all that was ever sent to it.
     fn all_in_sync(&self) -> bool {
+        let arriving = || self.events.values().any(|event| matches!(event, Event::ToReplica(..)));
+        self.machines.iter().all(|machine| machine.operations == 0) && self.all_joined() && !arriving()
+    }
+
+    /// Every replica is in sync, and hears the target.
+    fn all_joined(&self) -> bool {
         let connected = |(machine, link): (&Machine, &Option<ConnectionId>)| {
-            link.is_some_and(|link| machine.connections.contains(&link) && !self.connections[&link].cut)
+            link.is_some_and(|link| machine.service.is_some() && machine.connections.contains(&link) && !self.connections[&link].cut)
         };
-        let quiet = self.machines.iter().all(|machine| machine.store.ready().is_empty() && machine.service.is_some());
-        let arriving = self.events.values().any(|event| matches!(event, Event::ToReplica(..)));
-        let quiet = quiet && !arriving && self.machines.iter().zip(&self.links).all(connected);
         let engine = self.engine.as_ref();
-        quiet
+        self.machines.iter().zip(&self.links).all(connected)
             && engine.is_some_and(|engine| engine.is_serving() && engine.members().iter().all(|member| member.state == MemberState::InSync))
     }
 
@@ -233,7 +258,7 @@ impl World {
         let began = self.checker.tick();
         let mut first: Option<Vec<u8>> = None;
         for index in 0..self.machines.len() {
-            let bytes = match self.read_store(index) {
+            let bytes = match self.machines[index].store.read_all() {
                 // A block that rotted and that nobody has read since: nothing scrubs yet.
                 Err(_) if self.machines[index].rotten => continue,
                 read => read?,
@@ -250,22 +275,8 @@ impl World {
         self.checker.read_ends(began, 0, &first.unwrap_or_default())
     }
 
-    fn read_store(&mut self, index: usize) -> Result<Vec<u8>, String> {
-        let store = &mut self.machines[index].store;
-        store.submit(volume(), Token(u64::MAX), Operation::Read { extent: size().extent(), snapshot: None });
-        store.complete_all();
-        let mut completions = Vec::new();
-        store.reap(&mut completions);
-        let completion = completions.into_iter().find(|completion| completion.token == Token(u64::MAX)).ok_or("no answer")?;
-        match completion.result.map_err(|error| error.to_string())? {
-            Outcome::Read(ReadData::Zeroes) => Ok(vec![0; usize::try_from(size().bytes().get()).unwrap()]),
-            Outcome::Read(ReadData::Blocks { data, .. }) => Ok(data.to_vec()),
-            other => Err(format!("{other:?}")),
-        }
-    }
-
     fn note(&mut self, text: String) {
-        if self.log.len() == 400 {
+        if self.log.len() >= self.plan.log_lines {
             self.log.pop_front();
         }
         self.log.push_back(format!("{:>9} {text}", self.now));
@@ -287,13 +298,18 @@ impl World {
         }
         let Some(((at, _), event)) = self.events.pop_first() else { return Err("nothing will ever happen again".to_owned()) };
         self.now = self.now.max(at);
-        self.handle(event);
+        for machine in &mut self.machines {
+            machine.store.set_time(self.now);
+        }
+        self.handle(event)?;
         self.pump()?;
+        self.advance_calm();
         self.arm_timer();
+        (0..self.machines.len()).for_each(|index| self.arm_store(index));
         Ok(())
     }
 
-    fn handle(&mut self, event: Event) {
+    fn handle(&mut self, event: Event) -> Result<(), String> {
         let now = self.monotonic();
         match event {
             Event::ToReplica(connection, _) | Event::GoneAtReplica(connection) if self.is_stopped(connection) => {
@@ -319,23 +335,24 @@ impl World {
                 if let Some(member) = self.member_of(connection)
                     && let Some(engine) = &mut self.engine
                 {
+                    self.joined[member.0] |= frame.header.kind == Kind::AdoptAnswer;
                     engine.on_frame(now, member, *frame);
                 }
             }
             Event::GoneAtTarget(connection) => self.gone_at_target(connection),
             Event::Open(connection) => self.open(connection),
-            Event::Complete(replica) => {
-                let machine = &mut self.machines[replica];
-                if machine.stopped.is_some() {
-                    return self.machines[replica].stopped.as_mut().unwrap().push(Event::Complete(replica));
-                }
-                let ready = machine.store.ready().len();
-                if ready > 0 {
-                    let index = self.dice.index(ready);
-                    machine.store.complete_one(index);
+            Event::Complete(index, opening) => {
+                // A disk goes on while the process is stopped.
+                let machine = &mut self.machines[index];
+                if machine.opening == opening {
+                    machine.completions_due -= 1;
+                    machine.store.complete_one(&mut self.dice);
                 }
             }
-            Event::StartReplica(index) => self.start_replica(index),
+            // It looks in a moment, as after every event.
+            Event::Alarm(index) => self.machines[index].alarm = None,
+            Event::StartReplica(index) => self.start_replica(index)?,
+            Event::Replace(index) => drop(self.kill_replica(index, PowerLoss::No)),
             Event::Resume(index) => {
                 let held = self.machines[index].stopped.take().unwrap_or_default();
                 for event in held {
@@ -353,61 +370,12 @@ impl World {
             }
             Event::Fault => self.fault(),
         }
+        Ok(())
     }
 
     fn machine_of(&mut self, connection: ConnectionId) -> Option<&mut Machine> {
         let replica = self.connections.get(&connection)?.replica;
         self.machines.get_mut(replica)
-    }
-
-    /// Which member the connection belongs to, if it is the current target's current one.
-    fn member_of(&self, connection: ConnectionId) -> Option<MemberIndex> {
-        let index = self.links.iter().position(|link| *link == Some(connection))?;
-        self.connections[&connection].open_at_target.then_some(MemberIndex(index))
-    }
-
-    fn is_stopped(&self, connection: ConnectionId) -> bool {
-        self.connections.get(&connection).is_some_and(|connection| self.machines[connection.replica].stopped.is_some())
-    }
-
-    fn hold(&mut self, connection: ConnectionId, event: Event) {
-        if let Some(held) = self.machine_of(connection).and_then(|machine| machine.stopped.as_mut()) {
-            held.push(event);
-        }
-    }
-
-    fn open(&mut self, connection: ConnectionId) {
-        let Some(state) = self.connections.get(&connection).copied() else { return };
-        let now = self.monotonic();
-        let machine = &mut self.machines[state.replica];
-        let alive = machine.service.is_some();
-        if let Some(service) = machine.service.as_mut() {
-            machine.connections.insert(connection);
-            service.on_connected(connection);
-        }
-        if self.links[state.replica] == Some(connection) {
-            let member = MemberIndex(state.replica);
-            if alive {
-                self.connections.get_mut(&connection).unwrap().open_at_target = true;
-                if let Some(engine) = &mut self.engine {
-                    engine.on_connected(now, member);
-                }
-            } else {
-                self.links[state.replica] = None;
-                if let Some(engine) = &mut self.engine {
-                    engine.on_disconnected(now, member, "connection refused".to_owned());
-                }
-            }
-        }
-    }
-
-    fn gone_at_target(&mut self, connection: ConnectionId) {
-        let Some(index) = self.links.iter().position(|link| *link == Some(connection)) else { return };
-        self.links[index] = None;
-        let now = self.monotonic();
-        if let Some(engine) = &mut self.engine {
-            engine.on_disconnected(now, MemberIndex(index), "connection lost".to_owned());
-        }
     }
 
     /// Carries out what the engine and the replicas want until they want nothing.
@@ -434,6 +402,7 @@ impl World {
         let Some(service) = machine.service.as_mut().filter(|_| machine.stopped.is_none()) else { return false };
         let mut completions = Vec::new();
         machine.store.reap(&mut completions);
+        machine.operations -= completions.len();
         for completion in completions {
             service.on_completion(completion);
         }
@@ -453,25 +422,13 @@ impl World {
                         service.on_disconnected(connection);
                     }
                 }
-                ServiceAction::Store(volume, token, operation) => {
-                    self.machines[index].store.submit(volume, token, operation);
-                    let delay = self.dice.skewed(3 * MILLISECOND);
-                    self.schedule(self.now + delay, Event::Complete(index));
+                ServiceAction::Store(_, token, operation) => {
+                    self.machines[index].operations += 1;
+                    self.machines[index].store.submit(token, operation);
                 }
             }
         }
         busy
-    }
-
-    fn send(&mut self, connection: ConnectionId, frame: Frame, to_replica: bool) {
-        let delay = 10 + self.dice.skewed(2 * MILLISECOND);
-        let now = self.now;
-        let Some(state) = self.connections.get_mut(&connection).filter(|state| !(to_replica && state.cut)) else { return };
-        let last = if to_replica { &mut state.to_replica } else { &mut state.to_target };
-        let at = (now + delay).max(*last + 1);
-        *last = at;
-        let frame = Box::new(frame);
-        self.schedule(at, if to_replica { Event::ToReplica(connection, frame) } else { Event::ToTarget(connection, frame) });
     }
 
     fn on_action(&mut self, action: Action) -> Result<(), String> {
@@ -487,6 +444,7 @@ impl World {
             }
             Action::Send(member, frame) => {
                 let connection = self.links[member.0].ok_or_else(|| format!("a frame for {member:?}, which has no connection"))?;
+                self.count_frame(member, &frame);
                 self.send(connection, frame, true);
             }
             Action::Disconnect(member) => {
@@ -496,7 +454,10 @@ impl World {
                 }
             }
             Action::Complete(tag, result) => self.on_complete(tag, result)?,
-            Action::Serve(term) => self.note(format!("serving under {term}")),
+            Action::Serve(term) => {
+                self.coverage.elections += 1;
+                self.note(format!("serving under {term}"));
+            }
             Action::Superseded { promised } => {
                 // A dead predecessor's attempt reached some replica with a higher term: the target ends, and is started again.
                 self.note(format!("superseded by {promised}"));
@@ -504,93 +465,6 @@ impl World {
             }
         }
         Ok(())
-    }
-
-    /// The replica learns of a broken connection some time after the last frame on its way, or frames are lost with it.
-    fn break_at_replica(&mut self, connection: ConnectionId) {
-        let Some(state) = self.connections.get(&connection).copied() else { return };
-        if self.dice.once_in(2) {
-            self.events.retain(|_, event| !matches!(event, Event::ToReplica(other, _) if *other == connection));
-            self.connections.entry(connection).and_modify(|state| state.cut = true);
-        }
-        let delay = self.dice.skewed(SECOND);
-        self.schedule(state.to_replica.max(self.now) + 1 + delay, Event::GoneAtReplica(connection));
-    }
-
-    fn on_complete(&mut self, tag: RequestTag, result: Result<Response, RequestError>) -> Result<(), String> {
-        let pending = self.pending.remove(&tag).ok_or_else(|| format!("{tag:?} was completed twice"))?;
-        self.completed += 1;
-        let response = result.map_err(|error| format!("{:?} failed: {error}", pending.request))?;
-        match (pending.request, response) {
-            (Request::Read { extent }, Response::Read(found)) => {
-                let length = usize::try_from(extent.length().get()).unwrap();
-                let bytes = match found {
-                    ReadBytes::Zeroes => vec![0; length],
-                    ReadBytes::Bytes(bytes) => bytes.to_vec(),
-                };
-                assert_eq!(bytes.len(), length);
-                self.checker.read_ends(pending.began, extent.offset().get() / SECTOR, &bytes)?;
-            }
-            (Request::Write { extent, fua, .. } | Request::WriteZeroes { extent, fua }, Response::Done) => {
-                self.checker.write_ends(pending.stamp, fua, sectors(extent));
-            }
-            (Request::Discard { extent }, Response::Done) => self.checker.write_ends(pending.stamp, false, discarded(extent)),
-            (Request::Flush, Response::Done) => self.checker.flush_ends(pending.began),
-            (request, response) => return Err(format!("{request:?} was answered with {response:?}")),
-        }
-        Ok(())
-    }
-
-    /// The client keeps a few requests in flight.
-    fn offer_requests(&mut self) -> bool {
-        let serving = self.engine.as_ref().is_some_and(Engine::is_serving);
-        let mut offered = false;
-        while serving && self.faults && self.pending.len() < DEPTH {
-            self.next_tag += 1;
-            let tag = RequestTag(self.next_tag);
-            let pending = self.random_request(self.next_tag);
-            let request = pending.request.clone();
-            self.pending.insert(tag, pending);
-            let now = self.monotonic();
-            if let Some(engine) = &mut self.engine {
-                engine.submit(now, tag, request);
-            }
-            offered = true;
-        }
-        offered
-    }
-
-    fn random_request(&mut self, stamp: u64) -> Pending {
-        let all = BLOCKS * 8;
-        let first = self.dice.below(all);
-        let mut count = 1 + self.dice.skewed(40).min(all - first - 1);
-        let mut first = first;
-        if !self.dice.once_in(3) {
-            first = first / 8 * 8;
-            count = count.next_multiple_of(8).min(all - first);
-        }
-        let extent = Extent::new(ByteOffset::new(first * SECTOR), ByteLength::new(count * SECTOR)).unwrap();
-        let fua = self.dice.once_in(8);
-        let request = match self.dice.below(16) {
-            0..=4 => Request::Read { extent },
-            5 => Request::Flush,
-            6 => Request::Discard { extent },
-            7 => Request::WriteZeroes { extent, fua },
-            _ => {
-                let mut data = self.pool.take(usize::try_from(extent.length().get()).unwrap());
-                for (sector, bytes) in sectors(extent).zip(data.chunks_exact_mut(SECTOR as usize)) {
-                    bytes.copy_from_slice(&sector_bytes(stamp, sector));
-                }
-                Request::Write { extent, data: data.share(), fua }
-            }
-        };
-        match &request {
-            Request::Write { .. } => self.checker.write_begins(stamp, false, sectors(extent)),
-            Request::WriteZeroes { .. } => self.checker.write_begins(stamp, true, sectors(extent)),
-            Request::Discard { .. } => self.checker.write_begins(stamp, true, discarded(extent)),
-            Request::Read { .. } | Request::Flush => {}
-        }
-        Pending { request, began: self.checker.tick(), stamp }
     }
 
     fn arm_timer(&mut self) {
@@ -603,128 +477,44 @@ impl World {
         }
     }
 
-    fn start_replica(&mut self, index: usize) {
-        let machine = &mut self.machines[index];
+    /// What happens in a store happens some time after it could.
+    fn arm_store(&mut self, index: usize) {
+        let machine = &self.machines[index];
         if machine.service.is_none() {
-            machine.service = Some(ReplicaService::new(machine.store.id(), machine.store.replicas()));
-            self.note(format!("replica {index} starts"));
+            return;
+        }
+        let (ready, opening) = (machine.store.ready(), machine.opening);
+        while self.machines[index].completions_due < ready {
+            self.machines[index].completions_due += 1;
+            let delay = self.dice.skewed(3 * MILLISECOND);
+            self.schedule(self.now + delay, Event::Complete(index, opening));
+        }
+        let machine = &mut self.machines[index];
+        let Some(alarm) = machine.store.alarm().filter(|_| machine.stopped.is_none()) else { return };
+        let at = alarm.max(self.now) + ALARM_LATENCY;
+        if machine.alarm.is_none_or(|armed| at < armed) {
+            machine.alarm = Some(at);
+            self.schedule(at, Event::Alarm(index));
         }
     }
 
-    fn start_target(&mut self) {
-        if self.engine.is_some() {
-            return;
-        }
-        self.incarnation += 1;
-        // Small, so that replicas fall behind, and lack only a part.
-        let config = EngineConfig {
-            backlog_bytes: 256 << 10,
-            epoch_bytes: 1 << (12 + self.dice.below(8)),
-            epoch_time: Duration::from_micros(1 + self.dice.skewed(2 * SECOND)),
-            copy_rate: self.dice.coin().then_some(ByteLength::new(1 << 20)),
-            ..EngineConfig::new(volume(), size(), self.machines.len(), self.dice.number())
-        };
-        let mut engine = Engine::new(config, self.pool.clone(), self.monotonic());
-        // The kernel issues what was in flight again, in no particular order.
-        let mut again: Vec<(RequestTag, Pending)> = self.pending.iter().map(|(tag, pending)| (*tag, pending.clone())).collect();
-        while !again.is_empty() {
-            let index = self.dice.index(again.len());
-            let (tag, pending) = again.swap_remove(index);
-            engine.submit(self.monotonic(), tag, pending.request);
-        }
-        self.engine = Some(engine);
-        self.note(format!("target {} starts", self.incarnation));
-    }
-
-    fn fault(&mut self) {
-        if !self.faults {
-            return;
-        }
-        let next = 5 * MILLISECOND + self.dice.skewed(3 * SECOND);
-        self.schedule(self.now + next, Event::Fault);
-        let index = self.dice.index(self.machines.len());
-        match self.dice.below(12) {
-            0..=2 => self.kill_replica(index, PowerLoss::No),
-            3..=4 => self.stop_replica(index),
-            5..=6 => {
-                if let Some(connection) = self.links[index] {
-                    self.note(format!("the connection to replica {index} breaks"));
-                    self.break_at_replica(connection);
-                    let delay = self.dice.skewed(2 * SECOND);
-                    self.schedule(self.now + delay, Event::GoneAtTarget(connection));
+    /// What the target tells a member shows what becomes of it.
+    fn count_frame(&mut self, member: MemberIndex, frame: &Frame) {
+        let (begun, joined) = (&mut self.copy_begun[member.0], &mut self.joined[member.0]);
+        let serving = self.engine.as_ref().is_some_and(Engine::is_serving);
+        match frame.header.kind {
+            Kind::CopyBegin => {
+                *begun = true;
+                if serving && frame.header.flags.contains(Flags::REBUILD) {
+                    self.coverage.left_behind += u64::from(std::mem::take(joined));
                 }
             }
-            7..=8 => self.kill_target(),
-            9 if !self.plan.rot => self.power_fails_everywhere(),
-            // Only while the others are in sync: more is beyond what a majority can survive without its primary's help.
-            10 if !self.plan.rot && self.all_in_sync() && self.machines.len() > 1 => self.kill_replica(index, PowerLoss::Yes),
-            11 if self.plan.rot && self.all_in_sync() => self.rot(index),
+            // The replica that is copied to is asked, too.
+            Kind::Changed if std::mem::take(begun) => {
+                let is_difference = frame.header.sequence.get() > 0;
+                *(if is_difference { &mut self.coverage.differences } else { &mut self.coverage.whole }) += 1;
+            }
             _ => {}
-        }
-    }
-
-    fn stop_replica(&mut self, index: usize) {
-        if self.machines[index].stopped.is_none() && self.machines[index].service.is_some() {
-            self.note(format!("replica {index} is stopped"));
-            self.machines[index].stopped = Some(Vec::new());
-            let resume = self.now + self.dice.skewed(6 * SECOND);
-            self.schedule(resume, Event::Resume(index));
-        }
-    }
-
-    fn kill_replica(&mut self, index: usize, power: PowerLoss) {
-        if self.machines[index].service.take().is_none() {
-            return;
-        }
-        self.note(format!("replica {index} is killed, power lost: {power:?}"));
-        let machine = &mut self.machines[index];
-        machine.stopped = None;
-        let seed = self.dice.number();
-        machine.store.crash(power, seed);
-        let broken = std::mem::take(&mut machine.connections);
-        for connection in broken {
-            let delay = self.dice.skewed(100 * MILLISECOND);
-            self.schedule(self.now + delay, Event::GoneAtTarget(connection));
-        }
-        let back = self.now + 1 + self.dice.skewed(5 * SECOND);
-        self.schedule(back, Event::StartReplica(index));
-    }
-
-    fn kill_target(&mut self) {
-        if self.engine.take().is_none() {
-            return;
-        }
-        self.note("the target is killed".to_owned());
-        for link in std::mem::take(&mut self.links).into_iter().flatten() {
-            self.break_at_replica(link);
-        }
-        self.links = vec![None; self.machines.len()];
-        let back = self.now + 1 + self.dice.skewed(SECOND);
-        self.schedule(back, Event::StartTarget);
-    }
-
-    fn power_fails_everywhere(&mut self) {
-        self.note("power fails everywhere".to_owned());
-        self.kill_target();
-        for index in 0..self.machines.len() {
-            self.kill_replica(index, PowerLoss::Yes);
-            // Those that were dead already lose what was not on stable media all the same.
-            let seed = self.dice.number();
-            self.machines[index].store.crash(PowerLoss::Yes, seed);
-        }
-        self.checker.power_fails();
-        self.pending.clear();
-    }
-
-    /// Damages a block on one replica, once, if no other has a damaged one.
-    fn rot(&mut self, index: usize) {
-        if self.machines.iter().any(|machine| machine.rotten) {
-            return;
-        }
-        let block = BlockIndex::new(self.dice.below(BLOCKS));
-        if self.machines[index].store.corrupt_block(volume(), block) {
-            self.machines[index].rotten = true;
-            self.note(format!("block {block} rots on replica {index}"));
         }
     }
 
@@ -732,11 +522,4 @@ impl World {
     pub fn term(&self) -> Option<Term> {
         self.engine.as_ref().and_then(Engine::term)
     }
-}
-
-/// The sectors of whole blocks: what a discard zeroes.
-fn discarded(extent: Extent) -> std::ops::Range<u64> {
-    let first = extent.offset().get().next_multiple_of(4096) / SECTOR;
-    let end = extent.end().get() / 4096 * 4096 / SECTOR;
-    first..end.max(first)
 }

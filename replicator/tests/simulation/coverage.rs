@@ -1,0 +1,90 @@
+//! What runs came to, so that a simulation in which nothing happens is seen to be one.
+
+use std::fmt;
+
+use carrick_replicator::engine::Engine;
+
+use crate::machine_store::StoreCounts;
+
+/// What happened in runs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Coverage {
+    pub runs: u64,
+    pub target_starts: u64,
+    /// Targets that became primary.
+    pub elections: u64,
+    /// Replicas that came back too late, or were too slow, and were copied to while the target served.
+    pub left_behind: u64,
+    /// Copies of what a replica lacked since an epoch, and of all that there is.
+    pub differences: u64,
+    pub whole: u64,
+    /// Data in all copies.
+    pub copied_bytes: u64,
+    /// Targets that copied anything.
+    pub copied_anything: u64,
+    /// Of one machine, and of all.
+    pub power_losses: u64,
+    pub power_losses_everywhere: u64,
+    pub failed_syncs: u64,
+    pub rotten: u64,
+    /// Damaged reads that another replica answered.
+    pub repaired: u64,
+    pub stores: StoreCounts,
+}
+
+impl Coverage {
+    /// A target has ended.
+    pub fn add_engine(&mut self, engine: &Engine) {
+        self.copied_bytes += engine.copied().get();
+        self.copied_anything += u64::from(engine.copied().get() > 0);
+        self.repaired += engine.repaired();
+    }
+
+    pub fn add_store(&mut self, counts: StoreCounts) {
+        let StoreCounts { reopened, interrupted, checked, checkpoints } = counts;
+        self.stores.reopened += reopened;
+        self.stores.interrupted += interrupted;
+        self.stores.checked += checked;
+        self.stores.checkpoints += checkpoints;
+    }
+
+    pub fn add(&mut self, other: &Self) {
+        for ((_, total), (_, more)) in self.numbers().into_iter().zip(other.clone().numbers()) {
+            *total += *more;
+        }
+    }
+
+    pub fn never_happened(mut self) -> Vec<&'static str> {
+        self.numbers().into_iter().filter(|(_, number)| **number == 0).map(|(name, _)| name).collect()
+    }
+
+    fn numbers(&mut self) -> [(&'static str, &mut u64); 17] {
+        [
+            ("runs", &mut self.runs),
+            ("target starts", &mut self.target_starts),
+            ("elections", &mut self.elections),
+            ("left behind", &mut self.left_behind),
+            ("copies by difference", &mut self.differences),
+            ("whole copies", &mut self.whole),
+            ("targets that copied", &mut self.copied_anything),
+            ("bytes copied", &mut self.copied_bytes),
+            ("power losses of one", &mut self.power_losses),
+            ("power losses of all", &mut self.power_losses_everywhere),
+            ("failed syncs", &mut self.failed_syncs),
+            ("rotten blocks", &mut self.rotten),
+            ("damaged reads repaired", &mut self.repaired),
+            ("stores reopened", &mut self.stores.reopened),
+            ("openings interrupted", &mut self.stores.interrupted),
+            ("stores checked", &mut self.stores.checked),
+            ("checkpoints", &mut self.stores.checkpoints),
+        ]
+    }
+}
+
+impl fmt::Display for Coverage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut copy = *self;
+        let numbers: Vec<String> = copy.numbers().into_iter().map(|(name, number)| format!("{name} {number}")).collect();
+        f.write_str(&numbers.join(", "))
+    }
+}

@@ -1,0 +1,206 @@
+//! A machine's store, as the world sees it: the real one on a simulated disk, or the one in memory.
+
+mod map;
+
+use carrick_backing_store::dice::Dice;
+use carrick_backing_store::{
+    BlockIndex, Completion, MemoryStore, OpenedReplica, Operation, Outcome, PowerLoss, ReadData, ReplicaSpec, ReplicaStore, StoreError,
+    StoreId, Token, VolumeId, VolumeSize,
+};
+
+use crate::world::Micros;
+
+pub use map::MapMachine;
+
+/// Small, so that requests collide.
+pub const BLOCKS: u64 = 48;
+/// No service gives this to an operation.
+const READ_ALL: Token = Token(u64::MAX);
+
+pub fn volume() -> VolumeId {
+    VolumeId::from_bytes([7; 16])
+}
+
+pub fn size() -> VolumeSize {
+    VolumeSize::new(BLOCKS * 4096).unwrap()
+}
+
+fn spec() -> ReplicaSpec {
+    ReplicaSpec { volume: volume(), size: size() }
+}
+
+/// Which store a machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum StoreKind {
+    Memory,
+    Map,
+}
+
+/// What happened in stores so far.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StoreCounts {
+    /// Stores opened after their process or machine ended.
+    pub reopened: u64,
+    /// Openings that were killed before they ended.
+    pub interrupted: u64,
+    /// Whole stores checked, data included.
+    pub checked: u64,
+    /// Checkpoints.
+    pub checkpoints: u64,
+}
+
+/// One machine's disk, and its store while the process lives.
+pub trait MachineStore {
+    fn id(&self) -> StoreId;
+
+    /// The process starts: what it finds.
+    fn open(&mut self) -> Result<Vec<OpenedReplica>, String>;
+
+    /// The clock that the store's timers follow.
+    fn set_time(&mut self, now: Micros);
+
+    /// When the store wants to be looked at, whatever else happens.
+    fn alarm(&self) -> Option<Micros>;
+
+    fn submit(&mut self, token: Token, operation: Operation);
+
+    /// How much may complete now.
+    fn ready(&self) -> usize;
+
+    /// Completes something that is ready, if anything is.
+    fn complete_one(&mut self, dice: &mut Dice);
+
+    /// What has ended. Does nothing if nothing has happened since the last time.
+    fn reap(&mut self, completions: &mut Vec<Completion>);
+
+    /// Ends the process, or the machine, which may be dead already.
+    fn crash(&mut self, power_loss: PowerLoss, seed: u64);
+
+    /// The next sync fails; all that it covered may be lost.
+    fn fail_next_sync(&mut self);
+
+    /// Whether a sync is known to have failed since the store was opened.
+    fn is_poisoned(&self) -> bool;
+
+    /// Damages a block that the store would find good after any crash. `false` if this one isn't there, or not settled.
+    fn rot(&mut self, block: BlockIndex) -> bool;
+
+    /// All bytes of the volume. Nothing else may be under way.
+    fn read_all(&mut self) -> Result<Vec<u8>, String>;
+
+    /// The run is over: a last look at what is there.
+    fn finish(&mut self) -> Result<(), String>;
+
+    fn counts(&self) -> StoreCounts;
+}
+
+pub fn machine_store(kind: StoreKind, index: usize, seed: u64, short_log: bool) -> Box<dyn MachineStore> {
+    let id = StoreId::from_bytes([u8::try_from(index).unwrap(); 16]);
+    match kind {
+        StoreKind::Memory => Box::new(MemoryMachine::new(id, short_log)),
+        StoreKind::Map => Box::new(MapMachine::new(id, Dice::new(seed ^ 0x6d61_7000 ^ (index as u64) << 40).number())),
+    }
+}
+
+fn whole_volume() -> Operation {
+    Operation::Read { extent: size().extent(), snapshot: None }
+}
+
+/// The bytes that the answer to [`whole_volume`] gives.
+fn bytes_of(completions: Vec<Completion>) -> Result<Vec<u8>, String> {
+    let completion = completions.into_iter().find(|completion| completion.token == READ_ALL).ok_or("no answer")?;
+    match completion.result.map_err(|error| error.to_string())? {
+        Outcome::Read(ReadData::Zeroes) => Ok(vec![0; usize::try_from(size().bytes().get()).unwrap()]),
+        Outcome::Read(ReadData::Blocks { data, .. }) => Ok(data.to_vec()),
+        other => Err(format!("{other:?}")),
+    }
+}
+
+/// The store in memory: operations take effect whole, and a crash is a call.
+struct MemoryMachine {
+    store: MemoryStore,
+    is_poisoned: bool,
+    opened: u64,
+}
+
+impl MemoryMachine {
+    fn new(id: StoreId, short_log: bool) -> Self {
+        let mut store = MemoryStore::with_id(id).with_manual_completion();
+        if short_log {
+            store = store.with_log_capacity(16);
+        }
+        store.create(spec()).unwrap();
+        Self { store, is_poisoned: false, opened: 0 }
+    }
+}
+
+impl MachineStore for MemoryMachine {
+    fn id(&self) -> StoreId {
+        self.store.id()
+    }
+
+    fn open(&mut self) -> Result<Vec<OpenedReplica>, String> {
+        self.opened += 1;
+        Ok(self.store.replicas())
+    }
+
+    fn set_time(&mut self, _now: Micros) {}
+
+    fn alarm(&self) -> Option<Micros> {
+        None
+    }
+
+    fn submit(&mut self, token: Token, operation: Operation) {
+        self.store.submit(volume(), token, operation);
+    }
+
+    fn ready(&self) -> usize {
+        self.store.ready().len()
+    }
+
+    fn complete_one(&mut self, dice: &mut Dice) {
+        let index = dice.index(self.ready());
+        self.store.complete_one(index);
+    }
+
+    fn reap(&mut self, completions: &mut Vec<Completion>) {
+        let before = completions.len();
+        self.store.reap(completions);
+        // Only a sync is ever made to fail here, and damage poisons nothing.
+        let failed = |completion: &Completion| matches!(completion.result, Err(StoreError::Io { .. } | StoreError::Poisoned(_)));
+        self.is_poisoned |= completions[before..].iter().any(failed);
+    }
+
+    fn crash(&mut self, power_loss: PowerLoss, seed: u64) {
+        self.store.crash(power_loss, seed);
+        self.is_poisoned = false;
+    }
+
+    fn fail_next_sync(&mut self) {
+        self.store.fail_next_sync(volume());
+    }
+
+    fn is_poisoned(&self) -> bool {
+        self.is_poisoned
+    }
+
+    fn rot(&mut self, block: BlockIndex) -> bool {
+        self.store.corrupt_block(volume(), block)
+    }
+
+    fn read_all(&mut self) -> Result<Vec<u8>, String> {
+        self.submit(READ_ALL, whole_volume());
+        self.store.complete_all();
+        let mut completions = Vec::new();
+        self.store.reap(&mut completions);
+        bytes_of(completions)
+    }
+
+    fn finish(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn counts(&self) -> StoreCounts {
+        StoreCounts { reopened: self.opened.saturating_sub(1), ..StoreCounts::default() }
+    }
+}
