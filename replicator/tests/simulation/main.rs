@@ -43,7 +43,8 @@ fn plan(seed: u64, log_lines: usize) -> Plan {
         Err(_) if Dice::new(seed ^ 0x7374_6f72).once_in(3) => StoreKind::Map,
         Err(_) => StoreKind::Memory,
     };
-    Plan { seed, replicas, requests: 200 + seed % 300, rot: replicas >= 3 && seed.is_multiple_of(5), store, log_lines }
+    let rot = replicas >= 3 && seed.is_multiple_of(5);
+    Plan { seed, replicas, requests: 200 + seed % 300, rot, dense: seed % 7 < 3, store, log_lines }
 }
 
 /// Tells something, whether the test fails or not.

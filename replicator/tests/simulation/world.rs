@@ -25,7 +25,7 @@ use crate::checker::{Checker, SECTOR};
 use crate::coverage::Coverage;
 use crate::machine_store::{MachineStore, StoreKind, machine_store};
 use client::Pending;
-use faults::Calm;
+use faults::{Calm, FaultKind, choose_faults};
 use network::Connection;
 
 /// Microseconds of virtual time.
@@ -52,6 +52,8 @@ pub struct Plan {
     pub requests: u64,
     /// Blocks rot, one at a time, instead of machines losing power: both together may leave no good copy.
     pub rot: bool,
+    /// Faults come one upon the other.
+    pub dense: bool,
     pub store: StoreKind,
     /// What happened longest ago is forgotten beyond so many lines.
     pub log_lines: usize,
@@ -75,8 +77,11 @@ enum Event {
     StartReplica(usize),
     /// A replica whose store takes nothing any more is ended, to be started anew.
     Replace(usize),
+    Stop(usize, Micros),
     Resume(usize),
     StartTarget,
+    /// The target ends, if it is still this one.
+    EndTarget(u64),
     Timer(u64),
     Fault,
 }
@@ -121,6 +126,7 @@ pub struct World {
     checker: Checker,
     pool: BufferPool,
     faults: bool,
+    fault_kinds: Vec<FaultKind>,
     calm: Option<Calm>,
     steps: u64,
     /// Per member: joined under this target, and its machine kept its power since.
@@ -166,6 +172,7 @@ impl World {
             checker: Checker::default(),
             pool: BufferPool::new(1 << 20),
             faults: true,
+            fault_kinds: choose_faults(&mut Dice::new(plan.seed ^ 0x6661_756c), plan.rot),
             calm: None,
             steps: 0,
             joined: vec![false; plan.replicas],
@@ -235,6 +242,10 @@ impl World {
         let members = self.engine.as_ref().map(|engine| (engine.waiting_for(), engine.members()));
         let reports: Vec<_> = self.machines.iter().map(|machine| machine.service.as_ref().map(ReplicaService::report)).collect();
         format!("{} requests pending, engine {members:?}, replicas {reports:?}", self.pending.len())
+    }
+
+    fn is_serving(&self) -> bool {
+        self.engine.as_ref().is_some_and(Engine::is_serving)
     }
 
     /// Every replica is in sync, and has all that was ever sent to it.
@@ -353,12 +364,16 @@ impl World {
             Event::Alarm(index) => self.machines[index].alarm = None,
             Event::StartReplica(index) => self.start_replica(index)?,
             Event::Replace(index) => drop(self.kill_replica(index, PowerLoss::No)),
+            Event::Stop(index, time) if self.faults && self.calm.is_none() => self.stop_replica(index, time),
+            Event::Stop(..) => {}
             Event::Resume(index) => {
                 let held = self.machines[index].stopped.take().unwrap_or_default();
                 for event in held {
                     self.schedule(self.now, event);
                 }
             }
+            Event::EndTarget(incarnation) if self.faults && incarnation == self.incarnation => self.kill_target(),
+            Event::EndTarget(_) => {}
             Event::StartTarget => self.start_target(),
             Event::Timer(number) => {
                 if number == self.timer_number {
@@ -500,8 +515,8 @@ impl World {
 
     /// What the target tells a member shows what becomes of it.
     fn count_frame(&mut self, member: MemberIndex, frame: &Frame) {
+        let serving = self.is_serving();
         let (begun, joined) = (&mut self.copy_begun[member.0], &mut self.joined[member.0]);
-        let serving = self.engine.as_ref().is_some_and(Engine::is_serving);
         match frame.header.kind {
             Kind::CopyBegin => {
                 *begun = true;

@@ -1,7 +1,7 @@
 //! The client: what it asks of the volume, and what it makes of the answers.
 
 use carrick_backing_store::{ByteLength, ByteOffset, Extent};
-use carrick_replicator::engine::{Engine, ReadBytes, Request, RequestError, RequestTag, Response};
+use carrick_replicator::engine::{ReadBytes, Request, RequestError, RequestTag, Response};
 
 use super::World;
 use crate::checker::{SECTOR, sector_bytes};
@@ -56,7 +56,7 @@ impl World {
 
     /// The client keeps a few requests in flight.
     pub(super) fn offer_requests(&mut self) -> bool {
-        let serving = self.engine.as_ref().is_some_and(Engine::is_serving);
+        let serving = self.is_serving();
         let mut offered = false;
         while serving && self.faults && !self.is_settling() && self.pending.len() < DEPTH {
             self.next_tag += 1;

@@ -2,13 +2,42 @@
 
 use std::time::Duration;
 
+use carrick_backing_store::dice::Dice;
 use carrick_backing_store::{BlockIndex, ByteLength, PowerLoss};
 use carrick_replicator::engine::{Engine, EngineConfig, RequestTag};
 use carrick_replicator::replica::{ConnectionId, ReplicaService};
 
 use super::client::Pending;
-use super::{Event, MILLISECOND, SECOND, World};
+use super::{Event, MILLISECOND, Micros, SECOND, World};
 use crate::machine_store::{BLOCKS, size, volume};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FaultKind {
+    KillReplica,
+    StopReplica,
+    BreakConnection,
+    KillTarget,
+    Part,
+    /// Of one machine.
+    Power,
+    PowerEverywhere,
+    FailSync,
+    Rot,
+}
+
+const ALWAYS: [FaultKind; 5] =
+    [FaultKind::KillReplica, FaultKind::StopReplica, FaultKind::BreakConnection, FaultKind::KillTarget, FaultKind::Part];
+const LOSSES: [FaultKind; 3] = [FaultKind::Power, FaultKind::PowerEverywhere, FaultKind::FailSync];
+
+/// The kinds of faults in one run. Some are left out, since what one kind brings about another may mend at once.
+pub(super) fn choose_faults(dice: &mut Dice, rot: bool) -> Vec<FaultKind> {
+    let losses: &[FaultKind] = if rot { &[FaultKind::Rot] } else { &LOSSES };
+    let mut kinds: Vec<FaultKind> = ALWAYS.iter().chain(losses).copied().filter(|_| dice.coin()).collect();
+    if rot && !kinds.contains(&FaultKind::Rot) || kinds.is_empty() {
+        kinds.push(losses[0]);
+    }
+    kinds
+}
 
 /// Blocks that are tried until one is found that can rot: many are holes.
 const ROT_TRIES: u32 = 8;
@@ -71,16 +100,21 @@ impl World {
         if !self.faults {
             return;
         }
-        let next = 5 * MILLISECOND + self.dice.skewed(3 * SECOND);
+        let longest = if self.plan.dense { SECOND } else { 3 * SECOND };
+        let next = 5 * MILLISECOND + self.dice.skewed(longest);
         self.schedule(self.now + next, Event::Fault);
         if self.calm.is_some() {
             return;
         }
         let index = self.dice.index(self.machines.len());
-        match self.dice.below(14) {
-            0..=2 => drop(self.kill_replica(index, PowerLoss::No)),
-            3..=4 => self.stop_replica(index),
-            5..=6 => {
+        let kind = self.fault_kinds[self.dice.index(self.fault_kinds.len())];
+        match kind {
+            FaultKind::KillReplica => drop(self.kill_replica(index, PowerLoss::No)),
+            FaultKind::StopReplica => {
+                let time = self.dice.skewed(6 * SECOND);
+                self.stop_replica(index, time);
+            }
+            FaultKind::BreakConnection => {
                 if let Some(connection) = self.links[index] {
                     self.note(format!("the connection to replica {index} breaks"));
                     self.break_at_replica(connection);
@@ -88,27 +122,47 @@ impl World {
                     self.schedule(self.now + delay, Event::GoneAtTarget(connection));
                 }
             }
-            7..=8 => self.kill_target(),
-            9 if !self.plan.rot => self.power_fails_everywhere(),
-            10..=11 if !self.plan.rot && self.is_peaceful() => {
+            // Mostly it gets somewhere before.
+            FaultKind::KillTarget | FaultKind::Part if !self.is_serving() && !self.dice.once_in(4) => {}
+            FaultKind::KillTarget => self.kill_target(),
+            FaultKind::Part => self.part(index),
+            FaultKind::PowerEverywhere => self.power_fails_everywhere(),
+            FaultKind::Power if self.is_peaceful() => {
                 self.kill_replica(index, PowerLoss::Yes);
                 self.coverage.power_losses += 1;
                 self.calm = Some(Calm::Restarting(index));
             }
-            10..=13 if self.plan.rot && self.is_peaceful() => self.rot(index),
-            12 if !self.plan.rot && self.is_peaceful() => {
+            FaultKind::FailSync if self.is_peaceful() => {
                 self.note(format!("the next sync of replica {index} will fail"));
                 self.machines[index].store.fail_next_sync();
                 self.calm = Some(Calm::Failing(index));
             }
-            _ => {}
+            FaultKind::Rot if self.is_peaceful() => self.rot(index),
+            FaultKind::Power | FaultKind::FailSync | FaultKind::Rot => {}
         }
+    }
+
+    /// For a while the target's writes reach one replica only, then the target dies, and that replica is not heard of: it holds
+    /// what a successor never learns of.
+    fn part(&mut self, index: usize) {
+        let lost: Vec<ConnectionId> =
+            (0..self.machines.len()).filter(|other| *other != index).filter_map(|other| self.links[other]).collect();
+        self.events.retain(|_, event| !matches!(event, Event::ToReplica(connection, _) if lost.contains(connection)));
+        for connection in lost {
+            self.connections.entry(connection).and_modify(|state| state.cut = true);
+        }
+        self.note(format!("only replica {index} hears the target"));
+        let end = self.now + self.dice.skewed(SECOND);
+        let time = SECOND + self.dice.skewed(6 * SECOND);
+        self.schedule(end, Event::EndTarget(self.incarnation));
+        self.schedule(end + 10 * MILLISECOND, Event::Stop(index, time));
     }
 
     /// Whether a machine may lose what it has acknowledged: the others have it, and the target, which knows what counts, won't go.
     fn is_peaceful(&self) -> bool {
         let others = |connection: &ConnectionId| !self.links.contains(&Some(*connection));
         let is_trouble = |event: &Event| match event {
+            Event::EndTarget(_) | Event::Stop(..) => true,
             // An earlier target may yet take over some replica.
             Event::ToReplica(connection, _) | Event::Open(connection) => others(connection),
             Event::GoneAtReplica(connection) | Event::GoneAtTarget(connection) => !others(connection),
@@ -141,12 +195,11 @@ impl World {
         }
     }
 
-    fn stop_replica(&mut self, index: usize) {
+    pub(super) fn stop_replica(&mut self, index: usize, time: Micros) {
         if self.machines[index].stopped.is_none() && self.machines[index].service.is_some() {
             self.note(format!("replica {index} is stopped"));
             self.machines[index].stopped = Some(Vec::new());
-            let resume = self.now + self.dice.skewed(6 * SECOND);
-            self.schedule(resume, Event::Resume(index));
+            self.schedule(self.now + time, Event::Resume(index));
         }
     }
 
