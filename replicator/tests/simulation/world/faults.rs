@@ -16,6 +16,8 @@ pub(super) enum FaultKind {
     KillReplica,
     StopReplica,
     BreakConnection,
+    /// And another replica goes soon after, for long: what it lacks may be told by the one that has just come back.
+    Relay,
     KillTarget,
     Part,
     /// Of one machine.
@@ -25,8 +27,8 @@ pub(super) enum FaultKind {
     Rot,
 }
 
-const ALWAYS: [FaultKind; 5] =
-    [FaultKind::KillReplica, FaultKind::StopReplica, FaultKind::BreakConnection, FaultKind::KillTarget, FaultKind::Part];
+const ALWAYS: [FaultKind; 6] =
+    [FaultKind::KillReplica, FaultKind::StopReplica, FaultKind::BreakConnection, FaultKind::Relay, FaultKind::KillTarget, FaultKind::Part];
 const LOSSES: [FaultKind; 3] = [FaultKind::Power, FaultKind::PowerEverywhere, FaultKind::FailSync];
 
 /// The kinds of faults in one run. Some are left out, since what one kind brings about another may mend at once.
@@ -114,13 +116,13 @@ impl World {
                 let time = self.dice.skewed(6 * SECOND);
                 self.stop_replica(index, time);
             }
-            FaultKind::BreakConnection => {
-                if let Some(connection) = self.links[index] {
-                    self.note(format!("the connection to replica {index} breaks"));
-                    self.break_at_replica(connection);
-                    let delay = self.dice.skewed(2 * SECOND);
-                    self.schedule(self.now + delay, Event::GoneAtTarget(connection));
-                }
+            FaultKind::BreakConnection => self.break_connection(index),
+            FaultKind::Relay => {
+                self.break_connection(index);
+                let other = self.dice.index(self.machines.len());
+                let begin = self.now + self.dice.below(3 * SECOND);
+                let time = 2 * SECOND + self.dice.skewed(6 * SECOND);
+                self.schedule(begin, Event::Stop(other, time));
             }
             // Mostly it gets somewhere before.
             FaultKind::KillTarget | FaultKind::Part if !self.is_serving() && !self.dice.once_in(4) => {}
@@ -139,6 +141,15 @@ impl World {
             }
             FaultKind::Rot if self.is_peaceful() => self.rot(index),
             FaultKind::Power | FaultKind::FailSync | FaultKind::Rot => {}
+        }
+    }
+
+    fn break_connection(&mut self, index: usize) {
+        if let Some(connection) = self.links[index] {
+            self.note(format!("the connection to replica {index} breaks"));
+            self.break_at_replica(connection);
+            let delay = self.dice.skewed(2 * SECOND);
+            self.schedule(self.now + delay, Event::GoneAtTarget(connection));
         }
     }
 
