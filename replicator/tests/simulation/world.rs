@@ -372,7 +372,7 @@ impl World {
                     self.schedule(self.now, event);
                 }
             }
-            Event::EndTarget(incarnation) if self.faults && incarnation == self.incarnation => self.kill_target(),
+            Event::EndTarget(incarnation) if self.faults && incarnation == self.incarnation => self.end_part(),
             Event::EndTarget(_) => {}
             Event::StartTarget => self.start_target(),
             Event::Timer(number) => {

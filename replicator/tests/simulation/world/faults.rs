@@ -81,7 +81,7 @@ impl World {
         // Small, so that replicas fall behind, and lack only a part.
         let config = EngineConfig {
             backlog_bytes: 256 << 10,
-            epoch_bytes: 1 << (12 + self.dice.below(8)),
+            epoch_bytes: 1 << (12 + self.dice.skewed(8)),
             epoch_time: Duration::from_micros(1 + self.dice.skewed(2 * SECOND)),
             copy_rate: self.dice.coin().then_some(ByteLength::new(1 << 20)),
             ..EngineConfig::new(volume(), size(), self.machines.len(), self.dice.number())
@@ -167,6 +167,15 @@ impl World {
         let time = SECOND + self.dice.skewed(6 * SECOND);
         self.schedule(end, Event::EndTarget(self.incarnation));
         self.schedule(end + 10 * MILLISECOND, Event::Stop(index, time));
+    }
+
+    /// What is in flight when a target dies is asked for again, and written over. It isn't if the client's machine goes, too.
+    pub(super) fn end_part(&mut self) {
+        if self.fault_kinds.contains(&FaultKind::PowerEverywhere) && self.dice.coin() {
+            self.power_fails_everywhere();
+        } else {
+            self.kill_target();
+        }
     }
 
     /// Whether a machine may lose what it has acknowledged: the others have it, and the target, which knows what counts, won't go.
