@@ -219,7 +219,7 @@ impl VolumeReplica {
                 }
             }
             Kind::Ping => {
-                let pong = self.positions(Header::new(Kind::Pong, header.volume, header.term));
+                let pong = self.positions(Header { kind: Kind::Pong, ..header });
                 self.effects.push_back(Effect::Send(connection, pong));
             }
             _ => self.refuse(connection, &header, ErrorCode::BadFrame, format!("header.kind {:?} is not a request", header.kind)),

@@ -37,6 +37,8 @@ const SECOND: Micros = 1_000_000;
 const ALARM_LATENCY: Micros = 50;
 /// After all faults have ended, everything must be in sync and answered within this.
 const HEAL_LIMIT: Micros = 60 * SECOND;
+/// Then nothing happens for so long, and nothing may go wrong.
+const REST: Micros = 15 * SECOND;
 
 /// Rounds of engine, replicas and client at one moment: far above what a full queue causes.
 const ROUNDS_MAX: u32 = 100_000;
@@ -134,6 +136,8 @@ pub struct World {
     /// Per member: a copy into it has begun, and nothing is known of its extent.
     copy_begun: Vec<bool>,
     coverage: Coverage,
+    /// Connections that engines gave up.
+    dropped: u64,
     pub log: VecDeque<String>,
 }
 
@@ -178,6 +182,7 @@ impl World {
             joined: vec![false; plan.replicas],
             copy_begun: vec![false; plan.replicas],
             coverage: Coverage::default(),
+            dropped: 0,
             log: VecDeque::new(),
             plan,
         };
@@ -220,11 +225,24 @@ impl World {
                 return Err(format!("not in order {} s after the faults ended: {}", HEAL_LIMIT / SECOND, self.describe()));
             }
         }
+        self.rest()?;
         self.compare()?;
         self.machines
             .iter_mut()
             .enumerate()
             .try_for_each(|(index, machine)| machine.store.finish().map_err(|reason| format!("replica {index} at its end: {reason}")))
+    }
+
+    /// Without requests and faults no connection is given up.
+    fn rest(&mut self) -> Result<(), String> {
+        let (until, dropped) = (self.now + REST, self.dropped);
+        while self.now < until || !self.all_in_sync() {
+            self.step()?;
+            if self.dropped > dropped {
+                return Err(format!("a connection was given up though nothing happened: {}", self.describe()));
+            }
+        }
+        Ok(())
     }
 
     /// What happened.
@@ -463,6 +481,7 @@ impl World {
                 self.send(connection, frame, true);
             }
             Action::Disconnect(member) => {
+                self.dropped += 1;
                 self.note(format!("engine drops {member:?}: {:?}", self.engine.as_ref().unwrap().members()[member.0].last_error));
                 if let Some(connection) = self.links[member.0].take() {
                     self.break_at_replica(connection);
