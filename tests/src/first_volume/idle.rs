@@ -30,14 +30,18 @@ pub fn idle(_: &Plan) -> Found {
     sleep(Duration::from_secs(7));
     let processes = site.processes()?;
     ensure!(processes.len() == 4, "3 replicas and a target, not {processes:?}");
-    let before: BTreeMap<i32, u64> =
-        processes.iter().map(|process| Ok((process.pid, wakeups(process.pid)?))).collect::<anyhow::Result<_>>()?;
+    let before: BTreeMap<i32, BTreeMap<String, u64>> =
+        processes.iter().map(|process| Ok((process.pid, wakeups_by_thread(process.pid)?))).collect::<anyhow::Result<_>>()?;
     sleep(Duration::from_secs(SECONDS));
     let mut found = Vec::new();
     for process in &processes {
-        let rate = (wakeups(process.pid)? - before[&process.pid]) as f64 / SECONDS as f64;
+        let mut threads = wakeups_by_thread(process.pid)?;
+        for (thread, wakeups) in &before[&process.pid] {
+            *threads.entry(thread.clone()).or_insert(*wakeups) -= wakeups;
+        }
+        let rate = threads.values().sum::<u64>() as f64 / SECONDS as f64;
         let resident = resident_kib(process.pid)?;
-        ensure!(rate <= WAKEUPS_A_SECOND_MAX, "the {} woke {rate:.1} times a second", process.kind);
+        ensure!(rate <= WAKEUPS_A_SECOND_MAX, "the {} woke {rate:.1} times a second, in {SECONDS} s: {threads:?}", process.kind);
         if process.kind == "target" {
             ensure!(resident <= RESIDENT_MAX_KIB, "the target holds {resident} KiB");
         }
@@ -46,21 +50,22 @@ pub fn idle(_: &Plan) -> Found {
     Ok(found.join(", "))
 }
 
-/// Voluntary context switches of all threads: each is a wakeup.
-fn wakeups(pid: i32) -> anyhow::Result<u64> {
-    wakeups_of(pid, |_| true)
+/// Voluntary context switches of the threads whose name is wanted: each is a wakeup.
+pub fn wakeups_of(pid: i32, wanted: impl Fn(&str) -> bool) -> anyhow::Result<u64> {
+    Ok(wakeups_by_thread(pid)?.iter().filter(|(name, _)| wanted(name)).map(|(_, wakeups)| wakeups).sum())
 }
 
-/// The same of the threads whose name is wanted.
-pub fn wakeups_of(pid: i32, wanted: impl Fn(&str) -> bool) -> anyhow::Result<u64> {
-    let mut sum = 0;
+/// The same by thread: its name and id.
+fn wakeups_by_thread(pid: i32) -> anyhow::Result<BTreeMap<String, u64>> {
+    let mut found = BTreeMap::new();
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let thread = thread?.path();
-        if wanted(&fs::read_to_string(thread.join("comm"))?) {
-            sum += field(&fs::read_to_string(thread.join("status"))?, "voluntary_ctxt_switches:")?;
-        }
+        let thread = thread?;
+        let name = fs::read_to_string(thread.path().join("comm"))?;
+        let status = fs::read_to_string(thread.path().join("status"))?;
+        let wakeups = field(&status, "voluntary_ctxt_switches:")?;
+        found.insert(format!("{} {}", name.trim_end(), thread.file_name().display()), wakeups);
     }
-    Ok(sum)
+    Ok(found)
 }
 
 /// Resident memory, counted page by page: the sums in `status` lag behind on machines with several processors.
