@@ -291,8 +291,10 @@ fn opening_a_store_with_a_full_journal_is_bounded() {
     });
     println!("opening with a full journal of {ring} blocks: at most {most:?}");
     assert!(most.read_blocks > ring / 2, "the journal never was full: {most:?}");
-    // The journal twice, what looks for a torn end, and the pages of the map. What was not known to be on stable media is written anew.
-    assert!(most.read_blocks <= 2 * ring + 1500 && most.written_blocks <= ring && most.syncs <= 3, "{most:?}");
+    // The journal twice in stretches that overlap by up to a batch, what looks for a torn end, and the pages of the map, in few reads.
+    // What was not known to be on stable media is written anew.
+    assert!(most.read_blocks <= 4 * ring + 1500 && most.reads <= ring / 8, "{most:?}");
+    assert!(most.written_blocks <= ring && most.syncs <= 3, "{most:?}");
 }
 
 #[test]

@@ -48,7 +48,7 @@ use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::buffer::{Buffer, BufferPool};
+use crate::buffer::{Buffer, BufferPool, SharedBuffer};
 use crate::disk::{Disk, DiskBlock, DiskDone, DiskRequest, DiskWork, IoId};
 use crate::store::{Completion, OpenedReplica, Operation, Outcome, ReplicaSpec, ReplicaStore, SnapshotInfo, StoreError, StoreUsage, Token};
 use crate::units::{BLOCK_SIZE, SnapshotId, StoreId, VolumeId};
@@ -143,6 +143,8 @@ pub struct EpochMap<D: Disk> {
     limits: catalog::Limits,
     /// Blocks that could not be read: when they are given up they are not used again.
     suspect: NumberSet<DiskBlock>,
+    /// A stretch of the journal that a replay has read.
+    ahead: Option<(DiskBlock, SharedBuffer)>,
     /// Pages changed since the last checkpoint's freeze.
     dirty: usize,
     /// Replicas whose queues may go on.

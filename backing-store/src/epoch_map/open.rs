@@ -308,6 +308,7 @@ impl<D: Disk> EpochMap<D> {
             bad: catalog.bad,
             limits: Limits::new(&superblock.geometry),
             suspect: NumberSet::default(),
+            ahead: None,
             dirty: 0,
             ready: VecDeque::new(),
             completions: Vec::new(),

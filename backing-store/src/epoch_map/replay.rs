@@ -24,6 +24,8 @@ use crate::units::{BLOCK_SIZE, BlockIndex, ByteLength, Extent, Seq, VolumeId};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
 
+/// Blocks of the journal read at once: thousands of small reads, one after the other, are what a start would take its time for.
+const READ_AHEAD: usize = 64;
 /// Levels of the highest tree.
 const LEVELS_MAX: usize = 5;
 
@@ -71,6 +73,7 @@ impl<D: Disk> EpochMap<D> {
             used += (next.offset + ring - at.offset) % ring;
             at = next;
         }
+        self.ahead = None;
         self.journal = Journal::new(ring, at, used, found.synced);
         let mut unsaid = found.unsaid;
         unsaid.retain(|(head, _)| head.batch < found.end.batch);
@@ -99,6 +102,7 @@ impl<D: Disk> EpochMap<D> {
                 }
             }
         }
+        self.ahead = None;
         Ok(())
     }
 
@@ -158,18 +162,43 @@ impl<D: Disk> EpochMap<D> {
     fn read_header(&mut self, offset: u64) -> Result<Option<Batch>, StoreError> {
         let geometry = self.superblock.geometry;
         let at = geometry.journal_start().plus(offset);
-        let first = self.read_journal(at, 1)?;
+        let first = self.read_ahead(at, 1)?;
         let Ok(blocks) = header_length(&first) else { return Ok(None) };
         if offset + blocks as u64 > geometry.journal_blocks {
             return Ok(None);
         }
-        let header = if blocks == 1 { first } else { self.read_journal(at, blocks)? };
+        let header = if blocks == 1 { first } else { self.read_ahead(at, blocks)? };
         Ok(decode_header(&header).ok())
     }
 
     fn read_journal(&mut self, at: DiskBlock, blocks: usize) -> Result<Buffer, StoreError> {
         let read = self.direct().read(at, blocks);
         read.map_err(|source| self.io_error("read the journal of", source))
+    }
+
+    /// The same from what was read last, or with what follows. Not to be kept: a slice of it holds all of it.
+    fn read_ahead(&mut self, at: DiskBlock, blocks: usize) -> Result<SharedBuffer, StoreError> {
+        let geometry = self.superblock.geometry;
+        let end = geometry.journal_start().plus(geometry.journal_blocks);
+        let left = usize::try_from(end.get().saturating_sub(at.get())).unwrap_or(usize::MAX);
+        let wanted = blocks * BLOCK;
+        let is_within = |(start, ahead): &(DiskBlock, SharedBuffer)| {
+            let from = usize::try_from(at.get().checked_sub(start.get())?).ok()?.checked_mul(BLOCK)?;
+            (from.checked_add(wanted)? <= ahead.len()).then(|| ahead.slice(from..from + wanted))
+        };
+        if let Some(found) = self.ahead.as_ref().and_then(is_within) {
+            return Ok(found);
+        }
+        // One bad block in what follows must not be taken for a bad block here.
+        match self.direct().read(at, READ_AHEAD.max(blocks).min(left.max(blocks))) {
+            Ok(read) => {
+                let read = read.share();
+                let found = read.slice(0..wanted);
+                self.ahead = Some((at, read));
+                Ok(found)
+            }
+            Err(_) => self.read_journal(at, blocks).map(Buffer::share),
+        }
     }
 
     fn payload_at(&self, batch: &Batch) -> DiskBlock {
@@ -181,7 +210,7 @@ impl<D: Disk> EpochMap<D> {
         if batch.head.payload_blocks == 0 {
             return Ok(true);
         }
-        let Ok(payload) = self.read_journal(self.payload_at(batch), batch.head.payload_blocks) else { return Ok(false) };
+        let Ok(payload) = self.read_ahead(self.payload_at(batch), batch.head.payload_blocks) else { return Ok(false) };
         let mut blocks = payload.chunks_exact(BLOCK);
         for record in &batch.records {
             let Record::Overwrite { slot, block, checksums, .. } = record else { continue };
@@ -200,7 +229,10 @@ impl<D: Disk> EpochMap<D> {
         if batch.head.payload_blocks == 0 {
             return Ok(Vec::new());
         }
-        let payload = self.read_journal(self.payload_at(batch), batch.head.payload_blocks)?.share();
+        let ahead = self.read_ahead(self.payload_at(batch), batch.head.payload_blocks)?;
+        let mut payload = self.pool.take(ahead.len());
+        payload.copy_from_slice(&ahead);
+        let payload = payload.share();
         Ok((0..batch.head.payload_blocks).map(|index| payload.slice(index * BLOCK..(index + 1) * BLOCK)).collect())
     }
 
@@ -209,8 +241,9 @@ impl<D: Disk> EpochMap<D> {
     fn check_torn(&mut self, found: &Found) -> Result<(), StoreError> {
         let reach = (2 * (HEADER_BLOCKS_MAX + PAYLOAD_BLOCKS_MAX)) as u64;
         let ring = self.superblock.geometry.journal_blocks;
-        for step in 0..reach.min(ring) {
-            for offset in [(found.end.offset + step) % ring, step] {
+        // It is behind the end, or at the ring's beginning.
+        for start in [found.end.offset, 0] {
+            for offset in (0..reach.min(ring)).map(|step| (start + step) % ring) {
                 let Some(batch) = self.read_header(offset)? else { continue };
                 let head = &batch.head;
                 let is_later = head.store == self.superblock.id && head.offset == offset && head.incarnation >= found.incarnation;

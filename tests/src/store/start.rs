@@ -18,8 +18,11 @@ const JOURNAL_BLOCKS: u64 = 65_536;
 const VOLUME_MIB: u64 = 256;
 /// Bound of the promise.
 const START_MAX: Duration = Duration::from_secs(2);
-/// A checkpoint begins when half of the journal is used, so it can't be much fuller than that.
-const FULL: f64 = 0.495;
+/// A checkpoint begins when half of the journal is used, so it can't be much fuller than that. How many blocks a write takes
+/// differs a little from run to run.
+const FULL: f64 = 0.47;
+/// This is full enough.
+const FULL_MIN: f64 = 0.4;
 /// What an idle store does, to the last, is done after this.
 const SETTLED: Duration = Duration::from_secs(12);
 
@@ -47,15 +50,18 @@ pub fn full_journal(plan: &Plan) -> Found {
         let count = format!("--number_ios={writes:.0}");
         let load = ["--rw=randwrite", "--bs=4k", "--iodepth=32", &seed, &count];
         let start = one_life(&mut site, &store, &device, &load).with_context(|| site.log_tail())?;
-        writes *= FULL * JOURNAL_BLOCKS as f64 / start.blocks.max(1) as f64;
+        // Fewer blocks than writes: there was a checkpoint in between.
+        let was_too_many = (start.blocks as f64) < writes;
+        writes *= if was_too_many { 0.9 } else { FULL * JOURNAL_BLOCKS as f64 / start.blocks as f64 };
         starts.push(start);
         site.start_daemon()?;
         site.wait_in_sync("vm1", SOON)?;
     }
     let longest = starts.iter().max_by_key(|start| start.time).context("no start")?;
     let fullest = starts.iter().max_by_key(|start| start.blocks).context("no start")?;
-    ensure!(fullest.blocks * 5 >= JOURNAL_BLOCKS * 2, "the journal was never full: at most {} blocks", fullest.blocks);
     let all: Vec<_> = starts.iter().map(|start| (start.time.as_millis(), start.blocks)).collect();
+    let is_full = fullest.blocks as f64 >= FULL_MIN * JOURNAL_BLOCKS as f64;
+    ensure!(is_full, "the journal was never full; starts took (ms, blocks in the journal): {all:?}");
     ensure!(longest.time <= START_MAX, "starts took (ms, blocks in the journal): {all:?}");
     Ok(format!(
         "{} starts; longest {} ms of 2000; fullest journal {} of {JOURNAL_BLOCKS} blocks in {} batches, {} ms",
