@@ -234,6 +234,7 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
                 store: replica.store,
                 endpoint: replica.endpoint.clone(),
                 state: if serving { MemberState::InSync } else { MemberState::Disconnected },
+                counts: true,
                 copied: None,
                 last_error: None,
             };

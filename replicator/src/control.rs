@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::endpoint::Endpoint;
+use crate::engine::ConfigVersion;
 
 /// Longest line in either direction: a status of a thousand replicas fits with room to spare.
 pub const LINE_MAX: u64 = 1 << 20;
@@ -214,6 +215,9 @@ pub struct MemberReport {
     pub endpoint: Endpoint,
     /// How it stands.
     pub state: MemberState,
+    /// Whether it is one of those that count.
+    #[serde(default)]
+    pub counts: bool,
     /// Bytes copied so far and in all, while copying.
     pub copied: Option<(ByteLength, ByteLength)>,
     /// The last thing that went wrong with it, in words.
@@ -271,6 +275,49 @@ pub struct TargetConfig {
     /// As in [`TargetRequest::SetRebuildRate`].
     #[serde(default)]
     pub rebuild_rate: Option<ByteLength>,
+    /// The socket of the metadata store that says which replicas count. Without one all do, always.
+    #[serde(default)]
+    pub records: Option<PathBuf>,
+}
+
+/// Which of a volume's replicas count: what the metadata store keeps, in one record that only a compare-and-swap changes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeConfig {
+    /// Each change makes the next.
+    pub version: ConfigVersion,
+    /// The stores whose replicas count. Never empty.
+    pub members: Vec<StoreId>,
+    /// The term of the primary that wrote it.
+    pub term: Term,
+}
+
+/// What a target asks `carrickd`, on the socket that [`TargetConfig::records`] names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum RecordsRequest {
+    /// What does the record say?
+    Read {
+        /// Of which volume.
+        volume: VolumeId,
+    },
+    /// Let it say this, if its version is the one before.
+    Swap {
+        /// Of which volume.
+        volume: VolumeId,
+        /// What it is to say.
+        next: VolumeConfig,
+    },
+}
+
+/// What it answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum RecordsAnswer {
+    /// What the record says now, whether it was changed or not.
+    Config(VolumeConfig),
+    /// It can't be read, or must not say that.
+    Refused(ControlError),
 }
 
 /// Where one replica is.
@@ -306,6 +353,12 @@ impl RunDirectory {
     #[must_use]
     pub fn daemon_socket(&self) -> PathBuf {
         self.root.join("carrickd.sock")
+    }
+
+    /// Where `carrickd` tells targets which replicas count.
+    #[must_use]
+    pub fn records_socket(&self) -> PathBuf {
+        self.root.join("records.sock")
     }
 
     /// A replica process's data socket.

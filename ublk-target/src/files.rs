@@ -161,6 +161,7 @@ mod tests {
             queue_depth: 128,
             host: false,
             rebuild_rate: None,
+            records: None,
             replicas: vec![ReplicaAddress {
                 store: "0f8fad5b-d9cb-469f-a165-70867728950e".parse().unwrap(),
                 endpoint: "unix:/run/carrick/replica/x.sock".parse().unwrap(),

@@ -6,7 +6,7 @@ use std::sync::mpsc;
 
 use carrick_backing_store::{BufferPool, Term};
 use carrick_replicator::control::{MemberReport, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus};
-use carrick_replicator::engine::{Engine, ReadBytes, Request, RequestError, RequestTag, Response};
+use carrick_replicator::engine::{ConfigRecord, Engine, ReadBytes, Request, RequestError, RequestTag, Response};
 use carrick_replicator::io::{Command, Completed, FrontEnd, Mailbox, Reactor, Reply, Source};
 
 use crate::process;
@@ -34,6 +34,8 @@ pub enum Order {
     },
     /// End all requests, those to come included.
     Abort,
+    /// The metadata store says which replicas count, or why it can't.
+    Config(Result<ConfigRecord, String>),
     /// Everything acknowledged to stable media.
     Flush {
         /// Whether it is there.
@@ -126,6 +128,7 @@ impl TargetFrontEnd {
                     store: address.store,
                     endpoint: address.endpoint.clone(),
                     state: member.state,
+                    counts: member.counts,
                     copied: member.copied,
                     last_error: member.last_error,
                 })
@@ -147,6 +150,7 @@ impl TargetFrontEnd {
         match order {
             Order::Open { device, depth, done } => done.send(self.open(reactor, device, depth)),
             Order::Abort => engine.abort(),
+            Order::Config(answer) => engine.on_config(answer),
             Order::Flush { done } => {
                 self.flushing = Some(done);
                 requests.push((LAST_FLUSH, Request::Flush));

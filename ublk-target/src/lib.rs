@@ -18,6 +18,7 @@ pub mod plan;
 pub mod preflight;
 pub mod process;
 pub mod progress;
+pub mod records;
 pub mod service;
 pub mod start;
 pub mod sysfs;

@@ -8,15 +8,16 @@ use std::thread;
 
 use carrick_backing_store::{BufferPool, VolumeId};
 use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory, TargetAnswer, TargetConfig};
-use carrick_replicator::engine::EngineConfig;
-use carrick_replicator::io::{ControlSocket, Primary, PrimaryError, listen_unix, mailbox};
+use carrick_replicator::engine::{ConfigRequest, EngineConfig};
+use carrick_replicator::io::{ControlSocket, Primary, PrimaryError, Sender, listen_unix, mailbox};
 use uuid::Uuid;
 
 use crate::files;
-use crate::front::{Mailboxes, Notice, TargetFrontEnd};
+use crate::front::{Mailboxes, Notice, Order, TargetFrontEnd};
 use crate::preflight;
 use crate::process;
 use crate::progress::Progress;
+use crate::records;
 use crate::service::{self, Service};
 
 /// Free buffers kept under load; all are given back when nothing happens.
@@ -85,7 +86,7 @@ fn start(options: &Options, config: TargetConfig, block: crate::params::LogicalB
     let (notices, notice_receiver) = mpsc::channel();
     let progress = Progress::default();
     let mailboxes = Mailboxes { commands, orders: order_receiver };
-    spawn_queue_thread(options, &config, mailboxes, notices, &progress)?;
+    spawn_queue_thread(options, &config, mailboxes, orders.clone(), notices, &progress)?;
     let socket = ControlSocket::serve(listener, command_sender, TargetAnswer::Refused)
         .map_err(|error| failed(format!("can't serve the control socket: {error}")))?;
     Ok(Service {
@@ -108,15 +109,18 @@ fn spawn_queue_thread(
     options: &Options,
     config: &TargetConfig,
     mailboxes: Mailboxes,
+    orders: Sender<Order>,
     notices: mpsc::Sender<Notice>,
     progress: &Progress,
 ) -> Result<(), ControlError> {
     let (options, config, progress) = (options.clone(), config.clone(), progress.clone());
+    let records = config.records.as_ref().map(|socket| records::spawn(&config, socket, orders));
+    let records = records.transpose().map_err(|error| failed(format!("can't start the thread for the records: {error}")))?;
     let thread = move || {
         let (run, volume) = (options.run.clone(), config.volume);
         // The main thread must not take the end of the front end for the reason of the end.
         let _main_thread_waits = notices.clone();
-        let error = match serve(&options, config, mailboxes, notices, progress) {
+        let error = match serve(&options, config, records, mailboxes, notices, progress) {
             Ok(()) => failed("the queue thread has ended"),
             Err(error) => explain(&error),
         };
@@ -134,16 +138,25 @@ fn spawn_queue_thread(
 fn serve(
     options: &Options,
     config: TargetConfig,
+    records: Option<mpsc::SyncSender<ConfigRequest>>,
     mailboxes: Mailboxes,
     notices: mpsc::Sender<Notice>,
     progress: Progress,
 ) -> Result<(), PrimaryError> {
     let pool = BufferPool::new(POOL_KEEP);
     let seed = Uuid::new_v4().as_u64_pair().0;
-    let engine =
-        EngineConfig { copy_rate: config.rebuild_rate, ..EngineConfig::new(config.volume, config.size, config.replicas.len(), seed) };
+    let engine = EngineConfig {
+        copy_rate: config.rebuild_rate,
+        changes_config: records.is_some(),
+        labels: config.replicas.iter().map(|replica| format!("the replica in store {}", replica.store)).collect(),
+        ..EngineConfig::new(config.volume, config.size, config.replicas.len(), seed)
+    };
     let endpoints = config.replicas.iter().map(|replica| replica.endpoint.clone()).collect();
     let mut primary = Primary::new(engine, endpoints, pool.clone(), options.insecure)?;
+    if let Some(records) = records {
+        // The thread lives as long as this one, and has room for what the engine may ask.
+        primary = primary.with_records(move |request| assert!(records.try_send(request).is_ok(), "{request:?} is not asked"));
+    }
     primary.run(&mut TargetFrontEnd::new(config, mailboxes, notices, progress, pool))
 }
 

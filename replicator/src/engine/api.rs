@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use carrick_backing_store::{ByteLength, Extent, SharedBuffer, Term, VolumeId, VolumeSize};
 
+use super::config::ConfigRequest;
 use crate::wire::Frame;
 
 /// Index of a replica in the volume's config.
@@ -34,8 +35,12 @@ pub struct EngineConfig {
     pub epoch_time: Duration,
     /// Most bytes copied in a second to replicas that lack them, while the volume serves; `None`: as many as go.
     pub copy_rate: Option<ByteLength>,
+    /// Whether replicas that are lost are left out of the config. Only with a record that outlives this process.
+    pub changes_config: bool,
     /// Seed of what is random: the nonces of terms.
     pub seed: u64,
+    /// What people call the replicas, in the order of their indices, for messages.
+    pub labels: Vec<String>,
 }
 
 impl EngineConfig {
@@ -51,6 +56,8 @@ impl EngineConfig {
             epoch_bytes: 64 << 20,
             epoch_time: Duration::from_secs(1),
             copy_rate: None,
+            changes_config: false,
+            labels: Vec::new(),
             seed,
         }
     }
@@ -131,13 +138,15 @@ pub enum Action {
     /// Drop the member's connection, or the attempt to open one, with all that is queued. Nothing more may come from it:
     /// no frame, and no `on_disconnected`.
     Disconnect(MemberIndex),
+    /// Ask the metadata store; report [`super::Engine::on_config`], always.
+    Config(ConfigRequest),
     /// The request has ended.
     Complete(RequestTag, Result<Response, RequestError>),
     /// This engine is the volume's primary, and a majority holds the same bytes: requests may be taken from the kernel.
     Serve(Term),
     /// Another primary has taken over: end the process. No request will be completed any more.
     Superseded {
-        /// The term that a replica has promised instead.
+        /// Its term.
         promised: Term,
     },
 }

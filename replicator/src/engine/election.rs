@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use carrick_backing_store::{Content, Epoch, LoggedExtents, Seq, Term};
 
+use super::config::MemberSet;
 use super::copy::Copy;
 use super::member::Stage;
 use super::{Action, Engine, MemberIndex, Outstanding, Phase};
@@ -26,7 +27,7 @@ impl Engine {
             Phase::Electing { .. } => self.choose_term(now),
             Phase::Gathering { .. } => self.choose_content(now),
             Phase::Comparing => self.plan_copies(now),
-            Phase::Reconciling | Phase::Serving | Phase::Superseded => {}
+            Phase::Taking | Phase::Reconciling | Phase::Serving | Phase::Superseded => {}
         }
     }
 
@@ -41,12 +42,13 @@ impl Engine {
         }
     }
 
-    /// Whether `ready` members are enough to go on now, and remembers since when a majority is.
-    fn is_gathered(&mut self, now: Monotonic, ready: usize) -> bool {
-        let majority = self.majority();
-        let all = self.members.len();
+    /// Whether these are enough to go on now, of those that count, and remembers since when a majority is.
+    fn is_gathered(&mut self, now: Monotonic, ready: MemberSet) -> bool {
+        let voters = self.voters();
+        let (majority, all) = (voters.majority(), voters.count());
+        let ready = ready.iter().filter(|index| voters.contains(*index)).count();
         let (Phase::Electing { majority_at } | Phase::Gathering { majority_at }) = &mut self.phase else { return false };
-        if ready < majority {
+        if ready < majority || all == 0 {
             *majority_at = None;
             return false;
         }
@@ -55,24 +57,26 @@ impl Engine {
     }
 
     fn choose_term(&mut self, now: Monotonic) {
-        let highest = self.members.iter().filter_map(|member| match &member.stage {
-            Stage::Known(status) => Some(status.promised),
+        let known = self.member_indices().filter_map(|index| match &self.members[index.0].stage {
+            Stage::Known(status) => Some((index, status.promised)),
             _ => None,
         });
-        let (ready, highest) = highest.fold((0, None), |(count, highest), promised| (count + 1, highest.max(Some(promised))));
-        if !self.is_gathered(now, ready) {
+        let known: Vec<(MemberIndex, Term)> = known.collect();
+        if !self.is_gathered(now, known.iter().map(|(index, _)| *index).collect()) {
             return;
         }
-        let Some(highest) = highest else { return };
-        let nonce = self.random();
-        let Some(term) = highest.successor(nonce) else {
+        let highest = known.iter().map(|(_, promised)| *promised).max().unwrap_or(Term::ZERO);
+        if !self.take_record(highest) {
             self.note = Some(format!("the volume's terms are used up ({highest} is promised)"));
-            return;
-        };
-        self.term = Some(term);
+        }
+    }
+
+    /// The record has this term: no earlier primary can change the config any more.
+    pub(super) fn on_term_taken(&mut self, now: Monotonic) {
+        self.term = self.configs.record().map(|record| record.term);
         self.phase = Phase::Gathering { majority_at: None };
         for index in self.member_indices() {
-            if matches!(self.members[index.0].stage, Stage::Known(_)) {
+            if matches!(self.members[index.0].stage, Stage::Known(_) | Stage::Idle) {
                 self.ask_promise(now, index);
             }
         }
@@ -86,11 +90,11 @@ impl Engine {
 
     /// A member has promised: once a majority has, asks those that may hold the chosen content what they wrote last.
     fn choose_content(&mut self, now: Monotonic) {
-        let ready = self.members.iter().filter(|member| member.promised().is_some()).count();
-        if !self.is_gathered(now, ready) {
+        let ready = self.member_indices().filter(|index| self.members[index.0].promised().is_some());
+        if !self.is_gathered(now, ready.collect()) {
             return;
         }
-        let candidates = self.member_indices().filter_map(|index| {
+        let candidates = self.voters().iter().filter_map(|index| {
             let status = self.members[index.0].promised()?;
             (status.content != Content::Rebuilding).then_some((index, *status))
         });
@@ -108,7 +112,8 @@ impl Engine {
         self.choose_epoch();
         self.phase = Phase::Comparing;
         let siblings: Vec<(MemberIndex, StatusAnswer)> = self
-            .member_indices()
+            .voters()
+            .iter()
             .filter_map(|index| Some((index, *self.members[index.0].promised()?)))
             .filter(|(_, status)| status.log_term == best.log_term && status.content != Content::Rebuilding)
             .collect();
@@ -141,9 +146,10 @@ impl Engine {
                 plans.push((index, (!copy.is_finished()).then_some(copy)));
             }
         }
-        if plans.len() + 1 < self.majority() {
+        let voters = self.voters();
+        if plans.len() + 1 < voters.majority() {
             // They are no majority: what the others lack is copied to them before anything is served.
-            for index in self.member_indices().filter(|index| *index != chosen) {
+            for index in voters.iter().filter(|index| *index != chosen) {
                 let status = match &self.members[index.0].stage {
                     Stage::Comparing { .. } if plans.iter().any(|(planned, _)| *planned == index) => continue,
                     Stage::Comparing { status, .. } | Stage::Promised(status) => status,
@@ -203,9 +209,8 @@ impl Engine {
     /// A participant has adopted the term: serves once all have, as they are a majority.
     pub(super) fn serve_when_adopted(&mut self, now: Monotonic) {
         let adopting = self.members.iter().any(|member| matches!(member.stage, Stage::Adopting));
-        let joined = self.members.iter().filter(|member| member.is_joined()).count();
         let (Phase::Reconciling, Some(term)) = (&self.phase, self.term) else { return };
-        if adopting || joined < self.majority() {
+        if adopting || !self.is_majority(|_, member| member.is_joined()) {
             return;
         }
         self.phase = Phase::Serving;
@@ -214,21 +219,20 @@ impl Engine {
         self.actions.push_back(Action::Serve(term));
         self.start_rebuilds(now);
         self.start_queued(now);
+        self.propose_change(now);
     }
 
     /// A participant was lost before serving: what the others hold is asked for anew. Under the same term only if nobody can have
     /// adopted it: one that did and comes back would pass for equal to others that then adopt another content.
     pub(super) fn restart_gathering(&mut self, now: Monotonic) {
         let renew = std::mem::take(&mut self.adopting);
-        if renew {
-            let nonce = self.random();
-            let Some(term) = self.term.and_then(|term| term.successor(nonce)) else {
-                // Nothing can be chosen any more: its supervisor starts it again, and the next attempt says so.
-                return self.supersede(self.term.unwrap_or(Term::ZERO));
-            };
-            self.term = Some(term);
+        let given_up = self.term.unwrap_or(Term::ZERO);
+        if !renew {
+            self.phase = Phase::Gathering { majority_at: None };
+        } else if !self.take_record(given_up) {
+            // Nothing can be chosen any more: its supervisor starts it again, and the next attempt says so.
+            return self.supersede(given_up);
         }
-        self.phase = Phase::Gathering { majority_at: None };
         self.chosen = None;
         self.stalled_chunks.clear();
         self.stalled_copies.clear();
@@ -250,7 +254,11 @@ impl Engine {
             ) || renew && matches!(self.members[index.0].stage, Stage::Promising)
             {
                 self.forget_outstanding(index);
-                self.ask_promise(now, index);
+                if renew {
+                    self.members[index.0].stage = Stage::Idle;
+                } else {
+                    self.ask_promise(now, index);
+                }
             }
         }
     }

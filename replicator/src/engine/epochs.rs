@@ -72,7 +72,7 @@ impl Engine {
         }
     }
 
-    fn raise_epoch(&mut self, now: Monotonic) {
+    pub(super) fn raise_epoch(&mut self, now: Monotonic) {
         let Some(next) = self.epochs.current.next() else { return };
         self.epochs.current = next;
         self.epochs.written = 0;
@@ -107,9 +107,13 @@ impl Engine {
             self.epochs.stable = stable;
             self.tell_synced_soon(now);
         }
+        if self.configs.is_waiting {
+            self.propose_change(now);
+        }
     }
 }
 
-fn before(epoch: Epoch) -> Epoch {
+/// The epoch before this one.
+pub(super) fn before(epoch: Epoch) -> Epoch {
     Epoch::new(epoch.get().saturating_sub(1))
 }

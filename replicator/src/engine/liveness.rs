@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use carrick_backing_store::Seq;
 
-use super::member::Stage;
+use super::member::{Member, Stage};
 use super::{Engine, MemberIndex, Outstanding};
 use crate::time::Monotonic;
 use crate::wire::{Body, Frame, Kind};
@@ -15,7 +15,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Members due within this time are asked together, so that one wakeup serves all.
 const KEEP_ALIVE_SLACK: Duration = Duration::from_secs(1);
 /// A write that a member has not received for this long makes it behind, whatever else it answers (I7).
-const LAG_MAX: Duration = Duration::from_secs(2);
+pub(super) const LAG_MAX: Duration = Duration::from_secs(2);
 /// How often reads and chunks that found no source are tried, besides at every return of a member.
 const STALL_RETRY: Duration = Duration::from_millis(250);
 
@@ -27,6 +27,7 @@ impl Engine {
         }
         self.expire_reads(now);
         self.leave_laggards_behind(now);
+        self.advance_config(now);
         self.advance_election(now);
         self.start_rebuilds(now);
         self.advance_epochs(now);
@@ -45,7 +46,8 @@ impl Engine {
         if matches!(self.phase, super::Phase::Superseded) {
             return None;
         }
-        let members = self.members.iter().flat_map(|member| {
+        let members = self.member_indices().flat_map(|index| {
+            let member = &self.members[index.0];
             let timeout = self.config.replica_timeout;
             let own = match member.stage {
                 Stage::Down { retry_at } => Some(retry_at),
@@ -54,15 +56,16 @@ impl Engine {
                 Stage::Joined => Some(member.quiet_since + KEEP_ALIVE),
                 _ => None,
             };
-            let leave = member.left_at.filter(|_| self.may_leave_behind(member)).map(|at| at + timeout);
+            let leave = member.left_at.filter(|_| self.may_leave_behind(index)).map(|at| at + timeout);
             let lag = member.in_sync.then(|| self.lag_since(member.received)).flatten().map(|since| since + LAG_MAX);
-            [own, leave, lag.filter(|_| self.may_leave_behind(member))]
+            [own, leave, lag.filter(|_| self.may_leave_behind(index))]
         });
         let read = self.read_times.front().map(|(at, _)| *at + self.config.replica_timeout);
         members
             .flatten()
             .chain(read)
             .chain(self.gather_deadline())
+            .chain(self.config_deadline())
             .chain(self.stall_deadline)
             .chain(self.epoch_deadline())
             .chain(self.copy_deadline())
@@ -136,15 +139,14 @@ impl Engine {
     }
 
     /// Since when the oldest write that a member lacks is in the backlog.
-    fn lag_since(&self, received: Seq) -> Option<Monotonic> {
+    pub(super) fn lag_since(&self, received: Seq) -> Option<Monotonic> {
         self.backlog.get(received.next()).map(|entry| entry.since)
     }
 
     /// Whether a majority without this member has all that was acknowledged.
-    fn may_leave_behind(&self, member: &super::member::Member) -> bool {
-        let counts = |other: &super::member::Member| other.in_sync && other.received >= self.acknowledged;
-        let others = self.members.iter().filter(|other| !std::ptr::eq(*other, member) && counts(other)).count();
-        member.in_sync && others >= self.majority()
+    fn may_leave_behind(&self, index: MemberIndex) -> bool {
+        let holds = |member: &Member| member.in_sync && member.received >= self.acknowledged;
+        self.members[index.0].in_sync && self.is_majority(|other, member| other != index && holds(member))
     }
 
     /// Takes members out of the count that were away or slow for too long (I7). They will be copied.
@@ -153,7 +155,7 @@ impl Engine {
             let member = &self.members[index.0];
             let away = member.left_at.is_some_and(|at| now >= at + self.config.replica_timeout);
             let lagging = self.lag_since(member.received).is_some_and(|since| now >= since + LAG_MAX);
-            if (away || lagging) && self.may_leave_behind(member) {
+            if (away || lagging) && self.may_leave_behind(index) {
                 self.leave_behind(now, index, if away { "it was away too long" } else { "it was too slow" });
             }
         }
@@ -166,7 +168,7 @@ impl Engine {
                 .member_indices()
                 .filter(|index| {
                     let member = &self.members[index.0];
-                    member.needs_backlog() && (!member.in_sync || self.may_leave_behind(member))
+                    member.needs_backlog() && (!member.in_sync || self.may_leave_behind(*index))
                 })
                 .min_by_key(|index| self.members[index.0].received);
             let Some(slowest) = slowest.filter(|index| self.members[index.0].received < self.acknowledged) else { return };
@@ -174,7 +176,7 @@ impl Engine {
         }
     }
 
-    fn leave_behind(&mut self, now: Monotonic, index: MemberIndex, reason: &str) {
+    pub(super) fn leave_behind(&mut self, now: Monotonic, index: MemberIndex, reason: &str) {
         self.members[index.0].in_sync = false;
         self.members[index.0].left_at = None;
         if !self.members[index.0].is_down() {

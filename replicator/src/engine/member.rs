@@ -27,6 +27,8 @@ pub(super) enum Stage {
     Inquiring,
     /// Its status is known; there is no term yet to ask a promise for.
     Known(StatusAnswer),
+    /// It had promised a term that is given up; the next one is being written into the record.
+    Idle,
     /// The promise is asked for.
     Promising,
     /// It has promised, and waits to be reconciled, copied or resumed.
@@ -140,7 +142,13 @@ impl Member {
         !self.pinged
             && !matches!(
                 self.stage,
-                Stage::Down { .. } | Stage::Connecting | Stage::Greeting | Stage::Inquiring | Stage::Known(_) | Stage::Promising
+                Stage::Down { .. }
+                    | Stage::Connecting
+                    | Stage::Greeting
+                    | Stage::Inquiring
+                    | Stage::Known(_)
+                    | Stage::Idle
+                    | Stage::Promising
             )
     }
 

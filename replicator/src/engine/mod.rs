@@ -14,6 +14,7 @@
 
 mod api;
 mod backlog;
+mod config;
 mod copy;
 mod difference;
 mod election;
@@ -30,6 +31,8 @@ use std::collections::{BTreeMap, VecDeque};
 pub use api::{Action, EngineConfig, MemberIndex, ReadBytes, Request, RequestError, RequestTag, Response};
 use backlog::Backlog;
 use carrick_backing_store::{BLOCK_SIZE, BufferPool, ByteLength, ByteOffset, Epoch, Extent, Seq, SharedBuffer, Term};
+use config::Configs;
+pub use config::{ConfigRecord, ConfigRequest, ConfigVersion, MemberSet};
 use difference::Side;
 use epochs::Epochs;
 use member::Member;
@@ -50,6 +53,8 @@ pub const MEMBERS_MAX: usize = 7;
 enum Phase {
     /// It learns what the members have promised. Since when a majority has answered.
     Electing { majority_at: Option<Monotonic> },
+    /// It writes its term into the record.
+    Taking,
     /// It asks for promises of its term. Since when a majority has promised.
     Gathering { majority_at: Option<Monotonic> },
     /// It asks what the members wrote last.
@@ -100,6 +105,8 @@ enum Outstanding {
 pub struct MemberStatus {
     /// How it stands.
     pub state: MemberState,
+    /// Whether it is one of those that count.
+    pub counts: bool,
     /// Bytes copied so far and in all, while copying.
     pub copied: Option<(ByteLength, ByteLength)>,
     /// The last thing that went wrong with it, in words.
@@ -113,6 +120,7 @@ pub struct Engine {
     pool: BufferPool,
     phase: Phase,
     term: Option<Term>,
+    configs: Configs,
     members: Vec<Member>,
     /// The member whose content counts, before serving.
     chosen: Option<MemberIndex>,
@@ -122,6 +130,8 @@ pub struct Engine {
     backlog: Backlog,
     /// A majority has received the writes up to this.
     acknowledged: Seq,
+    /// A flush up to here was completed.
+    flushed: Seq,
     locks: RangeLock<Owner>,
     jobs: Table<Job>,
     requests: Table<Ongoing>,
@@ -167,12 +177,14 @@ impl Engine {
         let mut engine = Self {
             phase: Phase::Electing { majority_at: None },
             term: None,
+            configs: Configs::default(),
             members: (0..config.members).map(|_| Member::new(now)).collect(),
             chosen: None,
             adopting: false,
             epochs: Epochs::default(),
             backlog: Backlog::new(),
             acknowledged: Seq::ZERO,
+            flushed: Seq::ZERO,
             locks: RangeLock::new(),
             jobs: Table::new(),
             requests: Table::new(),
@@ -199,6 +211,7 @@ impl Engine {
             config,
             pool,
         };
+        engine.ask_config(ConfigRequest::Read);
         engine.on_timer(now);
         engine
     }
@@ -241,33 +254,55 @@ impl Engine {
     /// How each member stands.
     #[must_use]
     pub fn members(&self) -> Vec<MemberStatus> {
-        let status = |member: &Member| MemberStatus {
+        let voters = self.voters();
+        let status = |(index, member): (usize, &Member)| MemberStatus {
             state: member.state(),
+            counts: voters.contains(MemberIndex(index)),
             copied: member.copy.as_ref().map(copy::Copy::progress),
             last_error: member.last_error.clone(),
         };
-        self.members.iter().map(status).collect()
+        self.members.iter().enumerate().map(status).collect()
     }
 
     /// What I/O waits for, in words, if it does.
     #[must_use]
     pub fn waiting_for(&self) -> Option<String> {
-        let joined = self.members.iter().filter(|member| member.is_joined()).count();
-        let (majority, all) = (self.majority(), self.members.len());
+        let voters = self.voters();
+        let (majority, all) = (voters.majority(), voters.count());
+        let count = |is: fn(&Member) -> bool| voters.iter().filter(|index| is(&self.members[index.0])).count();
         match self.phase {
-            Phase::Serving if joined >= majority => None,
-            Phase::Serving => Some(format!("{joined} of {all} replicas are in sync and connected, {majority} are needed")),
+            Phase::Serving if self.is_majority(|_, member| member.is_joined()) => None,
+            Phase::Serving => {
+                let joined = count(Member::is_joined);
+                let trouble = self.config_trouble().map_or(String::new(), |trouble| format!("; {trouble}"));
+                Some(format!("{joined} of the {all} replicas that count are in sync and connected, {majority} are needed{trouble}"))
+            }
+            _ if self.configs.record().is_none() || matches!(self.phase, Phase::Taking) => {
+                Some(self.config_trouble().unwrap_or_else(|| "the metadata store is asked which replicas count".to_owned()))
+            }
             Phase::Electing { .. } | Phase::Gathering { .. } => self.note.clone().or_else(|| {
-                let answering = self.members.iter().filter(|member| !member.is_down()).count();
-                Some(format!("{answering} of {all} replicas answer, the promises of {majority} are needed"))
+                let answering = count(|member| !member.is_down());
+                Some(format!("{answering} of the {all} replicas that count answer, the promises of {majority} are needed{}", self.absent()))
             }),
-            Phase::Comparing | Phase::Reconciling => Some("replicas are being brought to the same content".to_owned()),
+            Phase::Taking | Phase::Comparing | Phase::Reconciling => Some("replicas are being brought to the same content".to_owned()),
             Phase::Superseded => Some("another primary has taken over".to_owned()),
         }
     }
 
-    fn majority(&self) -> usize {
-        self.members.len() / 2 + 1
+    /// Whom it waits for, if others that don't count answer.
+    fn absent(&self) -> String {
+        let voters = self.voters();
+        let stale = self.member_indices().any(|index| !voters.contains(index) && !self.members[index.0].is_down());
+        let absent: Vec<&str> = voters.iter().filter(|index| self.members[index.0].is_down()).map(|index| self.label(index)).collect();
+        if !stale || absent.is_empty() {
+            return String::new();
+        }
+        format!("; {} must come back: what was written last is there, and the replicas that answer lack it", absent.join(" or "))
+    }
+
+    /// What people call a replica.
+    fn label(&self, index: MemberIndex) -> &str {
+        self.config.labels.get(index.0).map_or("a replica", String::as_str)
     }
 
     fn member_indices(&self) -> impl Iterator<Item = MemberIndex> + use<> {
@@ -283,32 +318,10 @@ impl Engine {
         (0..self.members.len()).filter(move |index| writers[*index]).map(MemberIndex)
     }
 
-    /// The highest position that a majority of the members has.
-    fn on_majority<T: Copy + Default + Ord>(&self, position: impl Fn(&Member) -> T) -> T {
-        let mut positions = [T::default(); MEMBERS_MAX];
-        let mut count = 0;
-        for member in self.members.iter().filter(|member| member.in_sync) {
-            positions[count] = position(member);
-            count += 1;
-        }
-        positions[..count].sort_unstable_by(|left, right| right.cmp(left));
-        positions[..count].get(self.majority() - 1).copied().unwrap_or_default()
-    }
-
-    /// How many members besides `without` are in sync and have all that was acknowledged.
-    fn holders_of_acknowledged(&self, without: MemberIndex) -> usize {
-        let holds = |index: &MemberIndex| {
-            let member = &self.members[index.0];
-            *index != without && member.in_sync && member.received >= self.acknowledged
-        };
-        self.member_indices().filter(holds).count()
-    }
-
     /// The member to read from: joined, not excluded (a bit each), with the least to do. None while no majority is joined:
     /// another primary may have taken over then.
     fn best_reader(&mut self, excluded: u8) -> Option<MemberIndex> {
-        let joined = self.members.iter().filter(|member| member.is_joined()).count();
-        if joined < self.majority() {
+        if !self.is_majority(|_, member| member.is_joined()) {
             return None;
         }
         let all = self.members.len();

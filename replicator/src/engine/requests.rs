@@ -312,6 +312,7 @@ impl Engine {
     fn start_flush(&mut self, now: Monotonic, tag: RequestTag) {
         let target = self.acknowledged;
         if self.durable_on_majority() >= target {
+            self.note_flushed(target);
             self.actions.push_back(Action::Complete(tag, Ok(Response::Done)));
             return;
         }
@@ -328,7 +329,7 @@ impl Engine {
         }
     }
 
-    fn send_flush(&mut self, now: Monotonic, index: MemberIndex) {
+    pub(super) fn send_flush(&mut self, now: Monotonic, index: MemberIndex) {
         let flush = Frame::new(self.header(Kind::Flush), Body::Empty);
         let member = &mut self.members[index.0];
         if !member.owes() {
@@ -360,12 +361,16 @@ impl Engine {
                 index += 1;
                 continue;
             }
+            self.note_flushed(self.waiters[index].0);
             match self.waiters.remove(index).1 {
                 Waiter::Flush(tag) => self.actions.push_back(Action::Complete(tag, Ok(Response::Done))),
                 Waiter::Write(job) => self.finish_job(now, job, Ok(Response::Done)),
             }
         }
         self.trim_backlog();
+        if self.configs.is_waiting {
+            self.propose_change(now);
+        }
     }
 
     fn durable_on_majority(&self) -> Seq {

@@ -140,9 +140,7 @@ impl Engine {
         let kind = frame.header.kind;
         match (&mut self.members[index.0].stage, frame.body) {
             (Stage::Greeting, Body::HelloAnswer(answer)) if answer.version == VERSION => {
-                self.members[index.0].stage = Stage::Inquiring;
-                let status = Frame::new(self.header(Kind::Status), Body::Empty);
-                self.request(now, index, status, Outstanding::Control);
+                self.inquire(now, index);
             }
             (Stage::Inquiring, Body::Status(status)) => self.on_status(now, index, status),
             (Stage::Promising, Body::Status(status)) => self.on_promised(now, index, status),
@@ -169,6 +167,12 @@ impl Engine {
                 self.drop_member(now, index, reason, true);
             }
         }
+    }
+
+    pub(super) fn inquire(&mut self, now: Monotonic, index: MemberIndex) {
+        self.members[index.0].stage = Stage::Inquiring;
+        let status = Frame::new(self.header(Kind::Status), Body::Empty);
+        self.request(now, index, status, Outstanding::Control);
     }
 
     fn on_status(&mut self, now: Monotonic, index: MemberIndex, status: StatusAnswer) {
@@ -225,6 +229,7 @@ impl Engine {
         self.start_rebuilds(now);
         self.retry_stalled_reads(now);
         self.retry_stalled_chunks(now);
+        self.propose_change(now);
     }
 
     /// An acknowledgement or a pong tells what a member has.

@@ -16,7 +16,7 @@ use super::connection::{ConnectionKey, Connections, Event};
 use super::front_end::FrontEnd;
 use super::reactor::{Completed, Reactor, Source};
 use crate::endpoint::Endpoint;
-use crate::engine::{Action, Engine, EngineConfig, MemberIndex, Request, RequestTag};
+use crate::engine::{Action, ConfigRecord, ConfigRequest, Engine, EngineConfig, MemberIndex, Request, RequestTag};
 use crate::time::Monotonic;
 
 /// Rounds of requests and responses before connections get their turn again: a front end whose requests are all answered at
@@ -31,9 +31,9 @@ const IDLE: Duration = Duration::from_secs(2);
 #[derive(Debug, thiserror::Error)]
 pub enum PrimaryError {
     /// Another primary has taken over: this process must end without completing any request.
-    #[error("another primary has taken over the volume: a replica has promised term {promised}")]
+    #[error("another primary has taken over the volume, with term {promised}")]
     Superseded {
-        /// The term that a replica has promised instead.
+        /// Its term.
         promised: Term,
     },
     /// Data would cross the network unprotected.
@@ -76,10 +76,19 @@ struct Member {
     connection: Option<ConnectionKey>,
 }
 
+/// Where the config's record is kept.
+enum Records {
+    /// Here, by a primary that no other can follow.
+    Here(ConfigRecord),
+    /// Elsewhere: the answer comes to [`Engine::on_config`] by way of the front end.
+    Elsewhere(Box<dyn FnMut(ConfigRequest)>),
+}
+
 /// A volume's primary: engine, connections, ring.
 pub struct Primary {
     started: Instant,
     engine: Engine,
+    records: Records,
     members: Vec<Member>,
     connections: Connections,
     reactor: Reactor,
@@ -110,6 +119,7 @@ impl Primary {
         let reactor = Reactor::new().map_err(PrimaryError::Ring)?;
         Ok(Self {
             started: Instant::now(),
+            records: Records::Here(ConfigRecord::first(config.members)),
             engine: Engine::new(config, pool.clone(), Monotonic::default()),
             members: endpoints.into_iter().map(|endpoint| Member { endpoint, connection: None }).collect(),
             connections: Connections::new(pool.clone()),
@@ -120,6 +130,14 @@ impl Primary {
             busy: false,
             busy_at: None,
         })
+    }
+
+    /// Asks a metadata store which replicas count, instead of keeping that in memory. `ask` must not wait; the front end is told the
+    /// answer, and passes it to [`Engine::on_config`].
+    #[must_use]
+    pub fn with_records(mut self, ask: impl FnMut(ConfigRequest) + 'static) -> Self {
+        self.records = Records::Elsewhere(Box::new(ask));
+        self
     }
 
     /// The ring, for entries that the front end needs before it runs.
@@ -282,6 +300,10 @@ impl Primary {
                         self.connections.close(&mut self.reactor, key)?;
                     }
                 }
+                Action::Config(request) => match &mut self.records {
+                    Records::Here(record) => self.engine.on_config(Ok(request.apply(record))),
+                    Records::Elsewhere(ask) => ask(request),
+                },
                 Action::Complete(tag, result) => front.on_response(&mut self.reactor, tag, result, &mut self.requests)?,
                 Action::Serve(term) => front.on_serve(&mut self.reactor, term)?,
                 Action::Superseded { promised } => return Err(PrimaryError::Superseded { promised }),

@@ -39,8 +39,12 @@ impl Bounds {
 /// Whether enough members of the primary's config still follow it.
 fn is_capable(state: &State, primary: usize) -> bool {
     let (term, primary) = (primary as u8 + 1, &state.primaries[primary]);
-    let following = each(primary.config.members & primary.reconciled).filter(|replica| state.replicas[*replica].promised == term);
-    primary.phase >= Phase::Serving && following.count() as u32 >= majority(primary.config.members)
+    let is_majority_of = |members: u8| {
+        let following = each(members & primary.reconciled).filter(|replica| state.replicas[*replica].promised == term);
+        following.count() as u32 >= majority(members)
+    };
+    let next = Some(primary.next).filter(|_| primary.phase == Phase::Changing);
+    primary.phase >= Phase::Serving && is_majority_of(primary.config.members) && next.is_none_or(is_majority_of)
 }
 
 /// Whether replicas that adopted this primary's term, and follow it, differ in more than what one has not received yet.

@@ -39,6 +39,9 @@ pub struct Bounds {
     pub changes: u8,
     /// Members of the first config; one initial state for each.
     pub first: &'static [u8],
+    /// As the code does it so far: nobody recovers without the record, so nothing is prepared; and while a config is being changed,
+    /// majorities of both acknowledge. Whether the record has changed, the primary may learn later, or never.
+    pub by_record: bool,
     pub shortcut: Option<Shortcut>,
 }
 
@@ -64,6 +67,7 @@ pub enum Kind {
     Decide(u8),
     Prepare(usize),
     Commit,
+    Learn,
     Abandon,
 }
 
@@ -85,10 +89,11 @@ impl Kind {
             Kind::Prepare(_) => 10,
             Kind::Commit => 11,
             Kind::Abandon => 12,
+            Kind::Learn => 14,
         }
     }
 
-    pub const COUNT: usize = 14;
+    pub const COUNT: usize = 15;
 }
 
 /// The names of the replicas in a mask.
@@ -116,6 +121,7 @@ impl fmt::Display for Step {
             Kind::Decide(members) => write!(f, "decides to change the members to {}", names(members)),
             Kind::Prepare(replica) => write!(f, "r{replica} prepares the next config"),
             Kind::Commit => write!(f, "commits the next config in the record"),
+            Kind::Learn => write!(f, "learns that the next config is committed"),
             Kind::Abandon => write!(f, "gives the change up before it asked the store"),
         }
     }
@@ -147,7 +153,7 @@ impl Bounds {
 
     /// The configs and contents that a primary without the store may go on with when those in `promised`, or some of them, answered.
     pub fn choices_by_replicas(&self, state: &State, promised: u8) -> impl Iterator<Item = (Config, usize)> {
-        let subsets = (1..=ALL).filter(move |answering| answering & !promised == 0);
+        let subsets = (1..=ALL).filter(move |answering| !self.by_record && answering & !promised == 0);
         subsets.flat_map(move |answering| {
             let known = each(answering).map(|replica| state.replicas[replica].config).max_by_key(|config| config.version);
             let config = known.unwrap_or(Config::NONE);
@@ -191,14 +197,19 @@ impl Bounds {
             next.primaries[index].config = next.record;
             add(Kind::Take, next);
         }
-        let is_prepared = primary.prepared == primary.next || self.takes(Shortcut::CommitUnprepared);
+        let is_prepared = primary.prepared == primary.next || self.by_record || self.takes(Shortcut::CommitUnprepared);
         let holds = state.record_term == term && state.record.version == primary.config.version;
         if primary.phase == Phase::Changing && is_prepared && holds {
             let mut next = *state;
             next.record = primary.config.next(primary.next);
-            let changed = &mut next.primaries[index];
-            (changed.phase, changed.config, changed.next, changed.prepared) = (Phase::Serving, next.record, 0, 0);
+            if !self.by_record {
+                learn(&mut next.primaries[index]);
+            }
             add(Kind::Commit, next);
+        }
+        let is_true = state.record == primary.config.next(primary.next) && state.record_term == term;
+        if self.by_record && primary.phase == Phase::Changing && is_true {
+            add(Kind::Learn, with(state, index, learn));
         }
     }
 
@@ -239,15 +250,21 @@ impl Bounds {
         if primary.phase < Phase::Serving {
             return;
         }
-        let received = each(members).filter(|replica| primary.received[*replica] > primary.acknowledged).count() as u32;
-        let may = primary.phase == Phase::Serving || self.takes(Shortcut::AcknowledgeWhileChanging);
-        if may && received >= if self.takes(Shortcut::AcknowledgeOnOne) { 1 } else { needed } {
+        let received = |members: u8| {
+            let has = |replica: &usize| primary.received[*replica] > primary.acknowledged;
+            each(members & primary.reconciled).filter(has).count() as u32
+        };
+        let is_free = primary.phase == Phase::Serving || self.takes(Shortcut::AcknowledgeWhileChanging);
+        let may = is_free || self.by_record && received(primary.next) >= majority(primary.next);
+        if may && received(members) >= if self.takes(Shortcut::AcknowledgeOnOne) { 1 } else { needed } {
             let mut next = with(state, index, |primary| primary.acknowledged += 1);
             let seen = (1..=primary.acknowledged + 1).fold(primary.base, |log, sequence| log.with(term, sequence));
             see(&mut next, term, seen);
             add(Kind::Acknowledge, next);
         }
-        if primary.phase == Phase::Changing {
+        if primary.phase == Phase::Changing && self.by_record {
+            // A message on its way may still make it true.
+        } else if primary.phase == Phase::Changing {
             let given_up = |primary: &mut Primary| (primary.phase, primary.next, primary.prepared) = (Phase::Serving, 0, 0);
             add(Kind::Abandon, with(state, index, given_up));
         } else if primary.took && primary.changes < self.changes {
@@ -291,7 +308,7 @@ impl Bounds {
         if replica.promised != term {
             return;
         }
-        if primary.took && replica.config.version < primary.config.version {
+        if !self.by_record && primary.took && replica.config.version < primary.config.version {
             reach(Kind::Tell(at), &|next| {
                 next.replicas[at].config = primary.config;
                 if replica.prepared.version <= primary.config.version {
@@ -318,13 +335,18 @@ impl Bounds {
                 });
             }
         }
-        if primary.phase == Phase::Changing && (primary.next & !primary.prepared) & bit != 0 {
+        if primary.phase == Phase::Changing && !self.by_record && (primary.next & !primary.prepared) & bit != 0 {
             reach(Kind::Prepare(at), &|next| {
                 next.primaries[index].prepared |= bit;
                 next.replicas[at].prepared = primary.config.next(primary.next);
             });
         }
     }
+}
+
+fn learn(primary: &mut Primary) {
+    primary.config = primary.config.next(primary.next);
+    (primary.phase, primary.next, primary.prepared) = (Phase::Serving, 0, 0);
 }
 
 fn with(state: &State, primary: usize, change: impl FnOnce(&mut Primary)) -> State {

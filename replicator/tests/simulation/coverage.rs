@@ -29,6 +29,12 @@ pub struct Coverage {
     pub rotten: u64,
     /// Damaged reads that another replica answered.
     pub repaired: u64,
+    /// Configs with fewer members, with more, and with a single one of several replicas.
+    pub left_out: u64,
+    pub taken_in: u64,
+    pub down_to_one: u64,
+    /// Configs that a primary was not told of.
+    pub configs_untold: u64,
     pub stores: StoreCounts,
 }
 
@@ -58,7 +64,7 @@ impl Coverage {
         self.numbers().into_iter().filter(|(_, number)| **number == 0).map(|(name, _)| name).collect()
     }
 
-    fn numbers(&mut self) -> [(&'static str, &mut u64); 17] {
+    fn numbers(&mut self) -> [(&'static str, &mut u64); 21] {
         [
             ("runs", &mut self.runs),
             ("target starts", &mut self.target_starts),
@@ -73,6 +79,10 @@ impl Coverage {
             ("failed syncs", &mut self.failed_syncs),
             ("rotten blocks", &mut self.rotten),
             ("damaged reads repaired", &mut self.repaired),
+            ("replicas left out", &mut self.left_out),
+            ("replicas taken in", &mut self.taken_in),
+            ("configs of one", &mut self.down_to_one),
+            ("configs untold", &mut self.configs_untold),
             ("stores reopened", &mut self.stores.reopened),
             ("openings interrupted", &mut self.stores.interrupted),
             ("stores checked", &mut self.stores.checked),

@@ -9,6 +9,7 @@
 mod client;
 mod faults;
 mod network;
+mod records;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -16,7 +17,7 @@ use std::time::Duration;
 use carrick_backing_store::dice::Dice;
 use carrick_backing_store::{BufferPool, PowerLoss, Term};
 use carrick_replicator::control::MemberState;
-use carrick_replicator::engine::{Action, Engine, MemberIndex, RequestTag};
+use carrick_replicator::engine::{Action, ConfigRecord, ConfigRequest, Engine, MemberIndex, RequestTag};
 use carrick_replicator::replica::{ConnectionId, ReplicaService, ServiceAction};
 use carrick_replicator::time::Monotonic;
 use carrick_replicator::wire::{Flags, Frame, Kind};
@@ -26,7 +27,7 @@ use crate::coverage::Coverage;
 use crate::machine_store::{MachineStore, StoreKind, machine_store};
 use client::Pending;
 use faults::{Calm, FaultKind, choose_faults};
-use network::Connection;
+use network::{Connection, Slow};
 
 /// Microseconds of virtual time.
 pub type Micros = u64;
@@ -80,8 +81,12 @@ enum Event {
     /// A replica whose store takes nothing any more is ended, to be started anew.
     Replace(usize),
     Stop(usize, Micros),
+    Kill(usize),
     Resume(usize),
     StartTarget,
+    /// Something that this target asked reaches the metadata store; its answer reaches the target.
+    ConfigAsked(u64, ConfigRequest),
+    ConfigAnswered(u64, Result<ConfigRecord, String>),
     /// The target ends, if it is still this one.
     EndTarget(u64),
     Timer(u64),
@@ -118,6 +123,10 @@ pub struct World {
     next_connection: u64,
     engine: Option<Engine>,
     incarnation: u64,
+    /// What the metadata store has, and until when it can't be reached.
+    record: ConfigRecord,
+    records_away: Micros,
+    slow: Option<Slow>,
     /// The current connection to each member.
     links: Vec<Option<ConnectionId>>,
     timer: Option<Micros>,
@@ -125,6 +134,8 @@ pub struct World {
     pending: BTreeMap<RequestTag, Pending>,
     next_tag: u64,
     completed: u64,
+    /// When a request was completed last.
+    progress_at: Micros,
     checker: Checker,
     pool: BufferPool,
     faults: bool,
@@ -167,12 +178,16 @@ impl World {
             next_connection: 0,
             engine: None,
             incarnation: 0,
+            record: ConfigRecord::first(plan.replicas),
+            records_away: 0,
+            slow: None,
             links: vec![None; plan.replicas],
             timer: None,
             timer_number: 0,
             pending: BTreeMap::new(),
             next_tag: 0,
             completed: 0,
+            progress_at: 0,
             checker: Checker::default(),
             pool: BufferPool::new(1 << 20),
             faults: true,
@@ -214,6 +229,7 @@ impl World {
     /// holding the same bytes, and those the ones that were written.
     fn heal(&mut self) -> Result<(), String> {
         self.faults = false;
+        self.records_away = 0;
         self.note("faults end".to_owned());
         for index in 0..self.machines.len() {
             self.schedule(self.now, Event::Resume(index));
@@ -269,7 +285,7 @@ impl World {
     /// Every replica is in sync, and has all that was ever sent to it.
     fn all_in_sync(&self) -> bool {
         let arriving = || self.events.values().any(|event| matches!(event, Event::ToReplica(..)));
-        self.machines.iter().all(|machine| machine.operations == 0) && self.all_joined() && !arriving()
+        self.machines.iter().all(|machine| machine.operations == 0) && self.all_joined() && self.all_count() && !arriving()
     }
 
     /// Every replica is in sync, and hears the target.
@@ -384,6 +400,8 @@ impl World {
             Event::Replace(index) => drop(self.kill_replica(index, PowerLoss::No)),
             Event::Stop(index, time) if self.faults && self.calm.is_none() => self.stop_replica(index, time),
             Event::Stop(..) => {}
+            Event::Kill(index) if self.faults && self.calm.is_none() => drop(self.kill_replica(index, PowerLoss::No)),
+            Event::Kill(_) => {}
             Event::Resume(index) => {
                 let held = self.machines[index].stopped.take().unwrap_or_default();
                 for event in held {
@@ -402,6 +420,12 @@ impl World {
                 }
             }
             Event::Fault => self.fault(),
+            Event::ConfigAsked(asker, request) => self.on_config_asked(asker, request),
+            Event::ConfigAnswered(asker, answer) => {
+                if let Some(engine) = self.engine.as_mut().filter(|_| asker == self.incarnation) {
+                    engine.on_config(answer);
+                }
+            }
         }
         Ok(())
     }
@@ -487,6 +511,7 @@ impl World {
                     self.break_at_replica(connection);
                 }
             }
+            Action::Config(request) => self.ask_config(request),
             Action::Complete(tag, result) => self.on_complete(tag, result)?,
             Action::Serve(term) => {
                 self.coverage.elections += 1;

@@ -1,6 +1,7 @@
 //! What replication must hold: replicas come back by themselves, with no more work than they missed.
 
 mod resync;
+mod survivors;
 
 use crate::report::Item;
 
@@ -26,6 +27,21 @@ pub fn items() -> Vec<Item> {
             name: "resume",
             promise: "a copy interrupted twice, by a kill of the replica and of the target, goes on; all replicas byte-identical",
             run: resync::interrupted_twice,
+        },
+        Item {
+            name: "down-to-one",
+            promise: "two of three replicas lost one after the other: the volume stays writable; both come back",
+            run: survivors::down_to_one,
+        },
+        Item {
+            name: "no-split",
+            promise: "of two replicas, the one that lacks what was written last doesn't become the volume, and it says where the data is",
+            run: survivors::never_split,
+        },
+        Item {
+            name: "no-records",
+            promise: "with carrickd away, writes that need a lost replica of two wait without an error, and go on when it is back",
+            run: survivors::daemon_away,
         },
     ]
 }

@@ -21,7 +21,7 @@ const SETTLED: Duration = Duration::from_secs(4);
 /// A replica that is away for longer is left behind.
 const AWAY: Duration = Duration::from_secs(10);
 /// How long a whole copy may take on a slow machine.
-const COPY_LIMIT: Duration = Duration::from_secs(300);
+pub const COPY_LIMIT: Duration = Duration::from_secs(300);
 
 /// A volume on three replicas, written to the end.
 struct Filled {

@@ -43,6 +43,7 @@ impl Machine {
             host: false,
             replicas: Vec::new(),
             rebuild_rate: None,
+            records: None,
         };
         let mut machine = Self { config, run, folder: tempfile::tempdir().unwrap(), replicas: Vec::new(), target: None };
         for number in 0..replicas {

@@ -127,6 +127,7 @@ pub fn volume(volume: &Volume) -> String {
     line("block size", &volume.block_size.to_string());
     line("state", &volume_state(volume));
     line("config", &volume.config_version.to_string());
+    line("can lose", &may_lose(volume));
     if volume.rebuild_rate > 0 {
         line("rebuilds at", &format!("{} a second at most", HumanSize(volume.rebuild_rate)));
     }
@@ -250,8 +251,31 @@ fn replica_summary(volume: &Volume) -> String {
     counts.iter().map(|(word, count)| format!("{count} {word}")).collect::<Vec<_>>().join(", ")
 }
 
+/// What may be lost without a loss of data, in words.
+fn may_lose(volume: &Volume) -> String {
+    let counting = volume.replicas.iter().filter(|replica| replica.counts).count();
+    // Of a volume that is not attached, all that count have the same, or soon will.
+    let has_all = |replica: &&Replica| replica.counts && (volume.attachment.is_none() || replica.state() == ReplicaState::InSync);
+    let whole: Vec<&Replica> = volume.replicas.iter().filter(has_all).collect();
+    match whole[..] {
+        [] => "nothing: no replica that counts is in sync, and I/O waits".into(),
+        [only] => format!("nothing: what was written last is in {} alone", only.store_path),
+        [..] => {
+            // A write is complete when a majority has it.
+            let (one_by_one, at_once) = (whole.len() - 1, (counting / 2).min(whole.len() - 1));
+            let rest = if one_by_one > at_once { format!(", and {one_by_one} one after the other") } else { String::new() };
+            format!("any {at_once} of {} copies at once{rest}", whole.len())
+        }
+    }
+}
+
 /// What a replica does, in words.
 fn replica_state(replica: &Replica) -> String {
+    let state = replica_stage(replica);
+    if replica.counts { state } else { format!("{state}, doesn't count") }
+}
+
+fn replica_stage(replica: &Replica) -> String {
     match replica.state() {
         ReplicaState::Unspecified => "unknown".into(),
         ReplicaState::Idle => "idle".into(),
@@ -293,6 +317,7 @@ mod tests {
             copied_bytes: copied.map(|copied| copied.0),
             copy_total_bytes: copied.map(|copied| copied.1),
             last_error: None,
+            counts: true,
         }
     }
 
@@ -331,6 +356,23 @@ mod tests {
         assert!(text.contains("REPLICA IN  STORE     STATE         LAST ERROR\n/srv/a      01234567  in sync\n"), "{text}");
         assert_eq!(replica_state(&replica(ReplicaState::Copying, Some((0, 0)))), "copying");
         assert_eq!(replica_state(&replica(ReplicaState::Copying, Some((u64::MAX, u64::MAX)))), "copying 100 %");
+    }
+
+    #[test]
+    fn a_volume_says_what_it_may_lose() {
+        let of = |replicas: &[(ReplicaState, bool)]| {
+            let replicas = replicas.iter().map(|(state, counts)| Replica { counts: *counts, ..replica(*state, None) }).collect();
+            may_lose(&Volume { replicas, attachment: Some(Attachment::default()), ..Volume::default() })
+        };
+        use ReplicaState::{Copying, Disconnected, InSync};
+        assert_eq!(of(&[(InSync, true); 3]), "any 1 of 3 copies at once, and 2 one after the other");
+        assert_eq!(of(&[(InSync, true); 2]), "any 1 of 2 copies at once");
+        assert_eq!(of(&[(InSync, true); 5]), "any 2 of 5 copies at once, and 4 one after the other");
+        assert_eq!(of(&[(InSync, true), (InSync, true), (Copying, false)]), "any 1 of 2 copies at once");
+        assert_eq!(of(&[(InSync, true), (InSync, true), (Disconnected, true)]), "any 1 of 2 copies at once");
+        assert_eq!(of(&[(InSync, true), (Copying, false)]), "nothing: what was written last is in /srv/a alone");
+        assert!(of(&[(Disconnected, true), (Copying, false)]).starts_with("nothing: no replica"));
+        assert_eq!(replica_state(&Replica { counts: false, ..replica(Disconnected, None) }), "disconnected, doesn't count");
     }
 
     #[test]

@@ -112,7 +112,7 @@ fn metadata_fault(error: MetadataError) -> Fault {
         MetadataError::Attached(name) => Fault::new(Reason::VolumeAttached, name, message),
         MetadataError::NotReady(name) => Fault::new(Reason::VolumeNotReady, name, message),
         MetadataError::Changed(volume) => Fault::new(Reason::VolumeNotReady, volume, message),
-        MetadataError::SameStoreTwice { name, .. } => Fault::new(Reason::Internal, name, message),
+        MetadataError::SameStoreTwice { name, .. } | MetadataError::BadConfig(name) => Fault::new(Reason::Internal, name, message),
         MetadataError::InUse(path)
         | MetadataError::UnknownFormat { path, .. }
         | MetadataError::Damaged { path, .. }

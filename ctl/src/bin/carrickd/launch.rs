@@ -225,6 +225,7 @@ fn target_config(run: &RunDirectory, state: &State, id: ProcessId) -> Option<Tar
         host: attachment.host,
         replicas: volume.replicas.iter().map(replica).collect(),
         rebuild_rate: volume.rebuild_rate,
+        records: Some(run.records_socket()),
     })
 }
 

@@ -11,6 +11,7 @@ mod node;
 mod observed;
 mod pidfd;
 mod reconcile;
+mod records;
 mod service;
 mod shutdown;
 mod startup;
@@ -111,12 +112,14 @@ fn serve(arguments: &Arguments) -> anyhow::Result<()> {
     // A call to the disk may hang: it must not keep the daemon.
     runtime.shutdown_background();
     let _ = fs::remove_file(context.run.daemon_socket());
+    let _ = fs::remove_file(context.run.records_socket());
     result
 }
 
 async fn run(context: Arc<Context>, inbox: node::NodeInbox) -> anyhow::Result<()> {
     let end = Arc::new(Notify::new());
     let listener = startup::listen(&context.run.daemon_socket())?;
+    let records_listener = startup::listen_alone(&context.run.records_socket())?;
     let (health_reporter, health) = tonic_health::server::health_reporter();
     let services = Services::new(Arc::clone(&context), Arc::clone(&end));
     let stores = v1::store_service_server::StoreServiceServer::new(services.clone());
@@ -127,6 +130,7 @@ async fn run(context: Arc<Context>, inbox: node::NodeInbox) -> anyhow::Result<()
     health_reporter.set_serving::<v1::node_service_server::NodeServiceServer<Services>>().await;
     let reflection = tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(v1::DESCRIPTORS).build_v1()?;
 
+    tokio::spawn(records::serve(Arc::clone(&context), records_listener));
     tokio::spawn(node::run(Arc::clone(&context), inbox));
     let ending = Arc::new(Notify::new());
     let ends = Arc::clone(&ending);

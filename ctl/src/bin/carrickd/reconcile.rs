@@ -197,6 +197,7 @@ mod tests {
                 created_unix: 0,
                 phase,
                 rebuild_rate: None,
+                config: None,
             };
             self.state.volumes.insert(VOLUME, record);
             self

@@ -104,6 +104,16 @@ pub fn check_programs(folder: &Path) -> Result<(), StartupError> {
 
 /// The socket that callers connect to. The run directory must be locked: an old socket is removed.
 pub fn listen(path: &Path) -> Result<UnixListener, StartupError> {
+    let listener = listen_alone(path)?;
+    if let Some(group) = group_id(GROUP) {
+        std::os::unix::fs::chown(path, None, Some(group)).map_err(failed("can't give the group", path))?;
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(0o660)).map_err(failed("can't set the mode of", path))?;
+    Ok(listener)
+}
+
+/// A socket for processes of this user alone.
+pub fn listen_alone(path: &Path) -> Result<UnixListener, StartupError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("can't remove the old socket", path)(error)),
         _ => {}
@@ -112,12 +122,7 @@ pub fn listen(path: &Path) -> Result<UnixListener, StartupError> {
     let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
     let listener = UnixListener::bind(path);
     rustix::process::umask(before);
-    let listener = listener.map_err(failed("can't listen on", path))?;
-    if let Some(group) = group_id(GROUP) {
-        std::os::unix::fs::chown(path, None, Some(group)).map_err(failed("can't give the group", path))?;
-    }
-    fs::set_permissions(path, fs::Permissions::from_mode(0o660)).map_err(failed("can't set the mode of", path))?;
-    Ok(listener)
+    listener.map_err(failed("can't listen on", path))
 }
 
 /// A group of this machine. Only `/etc/group` is asked: that is where packages put system groups.

@@ -74,12 +74,14 @@ impl View<'_> {
         let attachment = self.state.attachments.get(&record.id);
         let target = attachment.and_then(|_| self.targets.get(&record.id));
         let members = target.and_then(|answer| answer.as_ref().ok()).map_or(&[][..], |status| &status.replicas);
+        let config = record.config();
         let replica = |store: &StoreId| {
             let place = self.state.stores.get(store).map_or(String::new(), |record| record.path.display().to_string());
-            match members.iter().find(|member| member.store == *store) {
+            let shown = match members.iter().find(|member| member.store == *store) {
                 Some(member) => replica_in_target(member, place),
                 None => self.replica_in_store(record.id, *store, place),
-            }
+            };
+            v1::Replica { counts: config.members.contains(store), ..shown }
         };
         let state = match record.phase {
             VolumePhase::Creating => v1::VolumeState::Creating,
@@ -91,7 +93,7 @@ impl View<'_> {
             name: record.name.to_string(),
             size_bytes: record.size.bytes().get(),
             block_size: record.block_size,
-            config_version: record.config_version,
+            config_version: config.version.get(),
             created_unix: record.created_unix,
             rebuild_rate: record.rebuild_rate.map_or(0, |rate| rate.get()),
             state: state.into(),
@@ -111,7 +113,7 @@ impl View<'_> {
             Some(Err(why)) => (v1::ReplicaState::Disconnected, Some(format!("carrick-replica {why}"))),
             None => (v1::ReplicaState::Disconnected, None),
         };
-        v1::Replica { store: store.to_string(), store_path, state: state.into(), copied_bytes: None, copy_total_bytes: None, last_error }
+        v1::Replica { store: store.to_string(), store_path, state: state.into(), last_error, ..v1::Replica::default() }
     }
 
     /// The processes that carrickd looks after.
@@ -231,6 +233,7 @@ fn replica_in_target(member: &MemberReport, store_path: String) -> v1::Replica {
         copied_bytes: member.copied.map(|(copied, _)| copied.get()),
         copy_total_bytes: member.copied.map(|(_, total)| total.get()),
         last_error: member.last_error.clone(),
+        counts: member.counts,
     }
 }
 

@@ -107,6 +107,7 @@ pub async fn create(context: &Context, new: NewVolume) -> Result<VolumeId, Fault
                 created_unix: unix_now(),
                 phase: VolumePhase::Creating,
                 rebuild_rate: None,
+                config: None,
             };
             context.apply(Mutation::InsertVolume(record.clone())).await?;
             record

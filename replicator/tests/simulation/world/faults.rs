@@ -8,6 +8,7 @@ use carrick_replicator::engine::{Engine, EngineConfig, RequestTag};
 use carrick_replicator::replica::{ConnectionId, ReplicaService};
 
 use super::client::Pending;
+use super::network::Slow;
 use super::{Event, MILLISECOND, Micros, SECOND, World};
 use crate::machine_store::{BLOCKS, size, volume};
 
@@ -20,6 +21,10 @@ pub(super) enum FaultKind {
     Relay,
     KillTarget,
     Part,
+    /// All replicas but one are killed, while what the target sends that one arrives ever later.
+    LastOne,
+    /// The metadata store can't be reached for a while.
+    LoseRecords,
     /// Of one machine.
     Power,
     PowerEverywhere,
@@ -27,8 +32,16 @@ pub(super) enum FaultKind {
     Rot,
 }
 
-const ALWAYS: [FaultKind; 6] =
-    [FaultKind::KillReplica, FaultKind::StopReplica, FaultKind::BreakConnection, FaultKind::Relay, FaultKind::KillTarget, FaultKind::Part];
+const ALWAYS: [FaultKind; 8] = [
+    FaultKind::KillReplica,
+    FaultKind::StopReplica,
+    FaultKind::BreakConnection,
+    FaultKind::Relay,
+    FaultKind::KillTarget,
+    FaultKind::Part,
+    FaultKind::LastOne,
+    FaultKind::LoseRecords,
+];
 const LOSSES: [FaultKind; 3] = [FaultKind::Power, FaultKind::PowerEverywhere, FaultKind::FailSync];
 
 /// The kinds of faults in one run. Some are left out, since what one kind brings about another may mend at once.
@@ -43,6 +56,10 @@ pub(super) fn choose_faults(dice: &mut Dice, rot: bool) -> Vec<FaultKind> {
 
 /// Blocks that are tried until one is found that can rot: many are holes.
 const ROT_TRIES: u32 = 8;
+
+/// After so long without a request that was completed, there are no faults for a while.
+const DROUGHT: Micros = 30 * SECOND;
+const BREATHER: Micros = 10 * SECOND;
 
 /// After a fault that takes from a replica what it has acknowledged, others wait until all are in sync again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +100,7 @@ impl World {
             backlog_bytes: 256 << 10,
             epoch_bytes: 1 << (12 + self.dice.skewed(8)),
             epoch_time: Duration::from_micros(1 + self.dice.skewed(2 * SECOND)),
+            changes_config: true,
             copy_rate: self.dice.coin().then_some(ByteLength::new(1 << 20)),
             ..EngineConfig::new(volume(), size(), self.machines.len(), self.dice.number())
         };
@@ -101,6 +119,11 @@ impl World {
     pub(super) fn fault(&mut self) {
         if !self.faults {
             return;
+        }
+        // Some kinds alone, one upon the other, would never let anything happen.
+        if self.now > self.progress_at + DROUGHT {
+            self.progress_at = self.now;
+            return self.schedule(self.now + BREATHER, Event::Fault);
         }
         let longest = if self.plan.dense { SECOND } else { 3 * SECOND };
         let next = 5 * MILLISECOND + self.dice.skewed(longest);
@@ -125,9 +148,16 @@ impl World {
                 self.schedule(begin, Event::Stop(other, time));
             }
             // Mostly it gets somewhere before.
-            FaultKind::KillTarget | FaultKind::Part if !self.is_serving() && !self.dice.once_in(4) => {}
+            FaultKind::KillTarget | FaultKind::Part | FaultKind::LastOne if !self.is_serving() && !self.dice.once_in(4) => {}
             FaultKind::KillTarget => self.kill_target(),
             FaultKind::Part => self.part(index),
+            FaultKind::LastOne => self.leave_one(index),
+            // Else some runs would never get anywhere.
+            FaultKind::LoseRecords if self.now < self.records_away + 3 * SECOND => {}
+            FaultKind::LoseRecords => {
+                self.records_away = self.now + self.dice.skewed(8 * SECOND);
+                self.note("the metadata store can't be reached".to_owned());
+            }
             FaultKind::PowerEverywhere => self.power_fails_everywhere(),
             FaultKind::Power if self.is_peaceful() => {
                 self.kill_replica(index, PowerLoss::Yes);
@@ -163,10 +193,27 @@ impl World {
             self.connections.entry(connection).and_modify(|state| state.cut = true);
         }
         self.note(format!("only replica {index} hears the target"));
-        let end = self.now + self.dice.skewed(SECOND);
+        let end = self.now + self.dice.skewed(5 * SECOND);
         let time = SECOND + self.dice.skewed(6 * SECOND);
         self.schedule(end, Event::EndTarget(self.incarnation));
         self.schedule(end + 10 * MILLISECOND, Event::Stop(index, time));
+    }
+
+    /// One replica lags further and further behind; then the others go. Once these no longer count, the target may go, too: what the
+    /// one has then is all there is.
+    fn leave_one(&mut self, index: usize) {
+        if self.slow.is_some_and(|slow| self.now < slow.until) {
+            return;
+        }
+        self.note(format!("replica {index} hears the target later and later"));
+        let begin = self.now + 2 * SECOND + self.dice.below(3 * SECOND);
+        self.slow = Some(Slow { replica: index, since: self.now, until: begin + self.dice.skewed(8 * SECOND) });
+        for other in (0..self.machines.len()).filter(|other| *other != index) {
+            let at = begin + self.dice.skewed(200 * MILLISECOND);
+            self.schedule(at, Event::Kill(other));
+        }
+        let end = begin + SECOND + self.dice.below(2 * SECOND);
+        self.schedule(end, Event::EndTarget(self.incarnation));
     }
 
     /// What is in flight when a target dies is asked for again, and written over. It isn't if the client's machine goes, too.
@@ -182,15 +229,16 @@ impl World {
     fn is_peaceful(&self) -> bool {
         let others = |connection: &ConnectionId| !self.links.contains(&Some(*connection));
         let is_trouble = |event: &Event| match event {
-            Event::EndTarget(_) | Event::Stop(..) => true,
+            Event::EndTarget(_) | Event::Stop(..) | Event::Kill(_) => true,
             // An earlier target may yet take over some replica.
             Event::ToReplica(connection, _) | Event::Open(connection) => others(connection),
             Event::GoneAtReplica(connection) | Event::GoneAtTarget(connection) => !others(connection),
             _ => false,
         };
-        // Of two, the one that is left is no majority, and gives nothing to copy.
-        self.machines.len() > 2
+        // Of one, nobody else has it.
+        self.machines.len() > 1
             && self.all_joined()
+            && self.all_count()
             && self.machines.iter().all(|machine| machine.stopped.is_none())
             && !self.events.values().any(is_trouble)
     }

@@ -17,6 +17,17 @@ pub(super) struct Connection {
     pub(super) cut: bool,
 }
 
+/// A replica that the target's frames reach later and later.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slow {
+    pub(super) replica: usize,
+    pub(super) since: Micros,
+    pub(super) until: Micros,
+}
+
+/// The longest way that anything has: short of what makes a replica too slow.
+const SLOWEST: Micros = 1_900 * MILLISECOND;
+
 impl World {
     /// Which member the connection belongs to, if it is the current target's current one.
     pub(super) fn member_of(&self, connection: ConnectionId) -> Option<MemberIndex> {
@@ -71,7 +82,11 @@ impl World {
     pub(super) fn send(&mut self, connection: ConnectionId, frame: Frame, to_replica: bool) {
         let delay = 10 + self.dice.skewed(2 * MILLISECOND);
         let now = self.now;
+        let slow = self.slow.filter(|slow| to_replica && self.faults && now < slow.until);
         let Some(state) = self.connections.get_mut(&connection).filter(|state| !(to_replica && state.cut)) else { return };
+        // Not at once, or it would be missed.
+        let late = slow.filter(|slow| slow.replica == state.replica).map_or(0, |slow| ((now - slow.since) / 2).min(SLOWEST));
+        let delay = delay + late;
         let last = if to_replica { &mut state.to_replica } else { &mut state.to_target };
         let at = (now + delay).max(*last + 1);
         *last = at;

@@ -6,6 +6,7 @@
 //! * M2. A volume's replicas are on stores that are there, each on another one.
 //! * M3. Only a ready volume is attached, and an attached one is not deleted.
 //! * M4. A volume's config version only grows (compare-and-swap: whoever changes a volume says what it was).
+//! * M5. Which replicas count changes from one version to the next, under terms that never fall; never are there none.
 
 mod records;
 mod redb_store;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 use carrick_backing_store::{StoreId, VolumeId};
 use carrick_ctl::name::VolumeName;
+use carrick_replicator::control::VolumeConfig;
 
 pub use records::{AttachmentPhase, AttachmentRecord, FORMAT, StoreRecord, VolumePhase, VolumeRecord};
 pub use redb_store::RedbStore;
@@ -48,6 +50,13 @@ pub enum Mutation {
         expected: Box<VolumeRecord>,
         /// What it is to be.
         new: Box<VolumeRecord>,
+    },
+    /// Other replicas count, or another primary's term does.
+    SwapConfig {
+        /// Whose.
+        volume: VolumeId,
+        /// What is to be; its version says what it was.
+        next: VolumeConfig,
     },
     /// A volume's last replica is deleted.
     RemoveVolume(VolumeId),
@@ -89,9 +98,12 @@ pub enum MetadataError {
     /// M3.
     #[error("volume {0} is not ready")]
     NotReady(VolumeName),
-    /// M4, or it is gone.
+    /// M4, M5, or it is gone.
     #[error("volume {0} changed in the meantime")]
     Changed(VolumeId),
+    /// M5.
+    #[error("which replicas of volume {0} count can't be changed so: none, some that it doesn't have, or under a term that is past")]
+    BadConfig(VolumeName),
     /// Another process has the file.
     #[error("{0} is in use by another carrickd")]
     InUse(PathBuf),
@@ -168,6 +180,7 @@ impl State {
             }
             Mutation::InsertVolume(record) => self.insert_volume(record)?,
             Mutation::ReplaceVolume { expected, new } => self.replace_volume(expected, new)?,
+            Mutation::SwapConfig { volume, next } => self.swap_config(*volume, next)?,
             Mutation::RemoveVolume(id) => {
                 if let (Some(volume), true) = (self.volumes.get(id), self.attachments.contains_key(id)) {
                     return Err(MetadataError::Attached(volume.name.clone()));
@@ -206,13 +219,37 @@ impl State {
 
     fn replace_volume(&mut self, expected: &VolumeRecord, new: &VolumeRecord) -> Result<(), MetadataError> {
         let changed = || MetadataError::Changed(expected.id);
-        if self.volumes.get(&expected.id) != Some(expected) || new.id != expected.id || new.config_version < expected.config_version {
+        let current = self.volumes.get(&expected.id).ok_or_else(changed)?;
+        // Targets change that at any time, and nobody else does.
+        let config = current.config.clone();
+        let as_expected = *current == VolumeRecord { config: config.clone(), ..expected.clone() };
+        if !as_expected || new.id != expected.id || new.config_version < expected.config_version {
             return Err(changed());
         }
         if new.phase != VolumePhase::Ready && self.attachments.contains_key(&new.id) {
             return Err(MetadataError::Attached(new.name.clone()));
         }
-        self.volumes.insert(new.id, new.clone());
+        self.volumes.insert(new.id, VolumeRecord { config, ..new.clone() });
+        Ok(())
+    }
+
+    fn swap_config(&mut self, id: VolumeId, next: &VolumeConfig) -> Result<(), MetadataError> {
+        let volume = self.volumes.get_mut(&id).ok_or(MetadataError::Changed(id))?;
+        let current = volume.config();
+        if next.version != current.version.next() {
+            return Err(MetadataError::Changed(id));
+        }
+        let is_sound = !next.members.is_empty()
+            && next.term >= current.term
+            && next
+                .members
+                .iter()
+                .enumerate()
+                .all(|(index, store)| volume.replicas.contains(store) && !next.members[..index].contains(store));
+        if !is_sound {
+            return Err(MetadataError::BadConfig(volume.name.clone()));
+        }
+        volume.config = Some(next.clone());
         Ok(())
     }
 }

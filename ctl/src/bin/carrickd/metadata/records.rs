@@ -6,8 +6,10 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use carrick_backing_store::{ByteLength, StoreId, VolumeId, VolumeSize};
+use carrick_backing_store::{ByteLength, StoreId, Term, VolumeId, VolumeSize};
 use carrick_ctl::name::VolumeName;
+use carrick_replicator::control::VolumeConfig;
+use carrick_replicator::engine::ConfigVersion;
 use serde::{Deserialize, Serialize};
 
 /// Format of the records that this version writes.
@@ -45,7 +47,7 @@ pub struct VolumeRecord {
     pub block_size: u32,
     /// The stores with a replica (while deleting: those where it isn't deleted yet).
     pub replicas: Vec<StoreId>,
-    /// Version of that list.
+    /// Version of that list, not of those that count.
     pub config_version: u64,
     /// When it was made, in seconds since 1970.
     pub created_unix: u64,
@@ -54,6 +56,17 @@ pub struct VolumeRecord {
     /// Most bytes copied in a second to replicas that lack them. Volumes of before have no cap.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rebuild_rate: Option<ByteLength>,
+    /// Which replicas count; `None`: all, as when it was made. Changed by [`super::Mutation::SwapConfig`] alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<VolumeConfig>,
+}
+
+impl VolumeRecord {
+    /// Which replicas count.
+    pub fn config(&self) -> VolumeConfig {
+        let first = || VolumeConfig { version: ConfigVersion::FIRST, members: self.replicas.clone(), term: Term::ZERO };
+        self.config.clone().unwrap_or_else(first)
+    }
 }
 
 /// Where a volume stands.

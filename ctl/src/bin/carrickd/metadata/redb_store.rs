@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use carrick_backing_store::VolumeId;
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition, TableError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -85,13 +86,13 @@ impl Inner {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = State::clone(&self.state());
         state.apply(mutation)?;
-        self.write(mutation).map_err(storage(&self.path))?;
+        self.write(mutation, &state).map_err(storage(&self.path))?;
         let state = Arc::new(state);
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&state);
         Ok(state)
     }
 
-    fn write(&self, mutation: &Mutation) -> Result<(), redb::Error> {
+    fn write(&self, mutation: &Mutation, after: &State) -> Result<(), redb::Error> {
         let transaction = self.database.begin_write()?;
         {
             let put = |table: Documents, key: String, document: Vec<u8>| -> Result<(), redb::Error> {
@@ -102,11 +103,16 @@ impl Inner {
                 transaction.open_table(table)?.remove(key.as_str())?;
                 Ok(())
             };
+            let put_volume = |id: VolumeId| match after.volumes.get(&id) {
+                Some(record) => put(VOLUMES, id.to_string(), encode(record)?),
+                None => Ok(()),
+            };
             match mutation {
                 Mutation::PutStore(record) => put(STORES, record.id.to_string(), encode(record)?)?,
                 Mutation::RemoveStore(id) => remove(STORES, id.to_string())?,
                 Mutation::InsertVolume(record) => put(VOLUMES, record.id.to_string(), encode(record)?)?,
-                Mutation::ReplaceVolume { new, .. } => put(VOLUMES, new.id.to_string(), encode(new)?)?,
+                Mutation::ReplaceVolume { new, .. } => put_volume(new.id)?,
+                Mutation::SwapConfig { volume, .. } => put_volume(*volume)?,
                 Mutation::RemoveVolume(id) => remove(VOLUMES, id.to_string())?,
                 Mutation::PutAttachment(record) => put(ATTACHMENTS, record.volume.to_string(), encode(record)?)?,
                 Mutation::RemoveAttachment(id) => remove(ATTACHMENTS, id.to_string())?,

@@ -3,6 +3,9 @@
 use std::path::Path;
 use std::sync::Mutex;
 
+use carrick_backing_store::{ByteLength, Term};
+use carrick_replicator::engine::ConfigVersion;
+
 use super::*;
 
 /// The rules without a disk: what the redb store is compared with.
@@ -47,6 +50,7 @@ fn volume(number: u8, name: &str, stores: &[u8]) -> VolumeRecord {
         created_unix: 1_700_000_001,
         phase: VolumePhase::Ready,
         rebuild_rate: None,
+        config: None,
     }
 }
 
@@ -109,6 +113,8 @@ async fn all_rules_hold(metadata: &dyn MetadataStore) {
     replace(volume(5, "vm1", &[1, 2, 3]), &doomed).await.unwrap();
     let not_ready = apply(Mutation::PutAttachment(attachment(5, AttachmentPhase::Attaching))).await;
     assert!(matches!(not_ready, Err(MetadataError::NotReady(_))), "{not_ready:?}");
+    // M5
+    all_rules_of_configs_hold(metadata).await;
     // A name is free again as soon as its volume is being deleted.
     let state = apply(Mutation::InsertVolume(volume(6, "vm1", &[2]))).await.unwrap();
     assert_eq!(state.volume_by_name(&doomed.name).unwrap().id, volume(6, "vm1", &[2]).id);
@@ -120,6 +126,41 @@ async fn all_rules_hold(metadata: &dyn MetadataStore) {
     }
     assert_eq!(metadata.state().stores.len(), 2);
     assert_eq!(metadata.state().volumes.len(), 1);
+}
+
+async fn all_rules_of_configs_hold(metadata: &dyn MetadataStore) {
+    apply_new(metadata, volume(9, "two", &[2, 3])).await;
+    let of = |version: u64, members: &[u8], term: u64| VolumeConfig {
+        version: ConfigVersion::new(version),
+        members: members.iter().map(|number| StoreId::from_bytes([*number; 16])).collect(),
+        term: Term::new(term),
+    };
+    let swap = |next| metadata.apply(Mutation::SwapConfig { volume: VolumeId::from_bytes([9; 16]), next });
+    let now = || metadata.state().volumes[&VolumeId::from_bytes([9; 16])].config();
+    assert_eq!(now(), of(1, &[2, 3], 0));
+    for (what, refused) in [("version", of(1, &[2], 1)), ("version", of(3, &[2], 1))] {
+        let result = swap(refused).await;
+        assert!(matches!(result, Err(MetadataError::Changed(_))), "{what}: {result:?}");
+    }
+    swap(of(2, &[2, 3], 7)).await.unwrap();
+    for (what, refused) in
+        [("none", of(3, &[], 7)), ("not its own", of(3, &[1], 7)), ("one twice", of(3, &[2, 2], 7)), ("a past term", of(3, &[2], 6))]
+    {
+        let result = swap(refused).await;
+        assert!(matches!(result, Err(MetadataError::BadConfig(_))), "{what}: {result:?}");
+    }
+    swap(of(3, &[3], 7)).await.unwrap();
+    assert_eq!(now(), of(3, &[3], 7));
+    // Whoever changes the volume needn't know of that, and doesn't change it.
+    let (before, mut after) = (volume(9, "two", &[2, 3]), volume(9, "two", &[2, 3]));
+    after.rebuild_rate = Some(ByteLength::new(1 << 20));
+    metadata.apply(Mutation::ReplaceVolume { expected: before.into(), new: after.into() }).await.unwrap();
+    assert_eq!(now(), of(3, &[3], 7));
+    metadata.apply(Mutation::RemoveVolume(VolumeId::from_bytes([9; 16]))).await.unwrap();
+}
+
+async fn apply_new(metadata: &dyn MetadataStore, record: VolumeRecord) {
+    metadata.apply(Mutation::InsertVolume(record)).await.unwrap();
 }
 
 #[tokio::test]
