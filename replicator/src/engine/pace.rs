@@ -3,6 +3,7 @@
 use carrick_backing_store::ByteLength;
 
 use super::{Engine, MemberIndex};
+use crate::bucket::TokenBucket;
 use crate::time::Monotonic;
 
 /// Chunks under way per copy: enough to hide a round trip.
@@ -14,57 +15,33 @@ pub const COPY_RATE_MIN: ByteLength = ByteLength::new(1 << 20);
 /// What is saved up while nothing is copied, in parts of a second's worth.
 const SAVED: u64 = 10;
 
-/// A token bucket that may be overdrawn by one chunk.
+/// Copies' own bucket: it may be overdrawn by one chunk.
 #[derive(Debug)]
-pub(super) struct Pace {
-    rate: Option<ByteLength>,
-    /// Bytes that may be copied now, if above zero.
-    balance: i64,
-    at: Monotonic,
-}
+pub(super) struct Pace(TokenBucket);
 
 impl Pace {
     pub(super) fn new(rate: Option<ByteLength>, now: Monotonic) -> Self {
-        Self { rate: rate.map(|rate| rate.max(COPY_RATE_MIN)), balance: 0, at: now }
+        let (rate, saved) = rate_and_saved(rate);
+        Self(TokenBucket::new(rate, saved, now))
     }
 
-    /// Whether a chunk may begin now.
-    fn may_begin(&mut self, now: Monotonic) -> bool {
-        let Some(rate) = self.rate else {
-            self.balance = 0;
-            return true;
-        };
-        let earned = u128::from(rate.get()) * now.since(self.at).as_micros() / 1_000_000;
-        if earned > 0 {
-            self.at = now;
-            let most = i64::try_from(rate.get() / SAVED).unwrap_or(i64::MAX);
-            self.balance = self.balance.saturating_add(i64::try_from(earned).unwrap_or(i64::MAX)).min(most);
-        }
-        self.balance >= 0
+    fn set(&mut self, rate: Option<ByteLength>) {
+        let (rate, saved) = rate_and_saved(rate);
+        self.0.set(rate, saved);
     }
+}
 
-    fn spend(&mut self, bytes: ByteLength) {
-        if self.rate.is_some() {
-            self.balance = self.balance.saturating_sub(i64::try_from(bytes.get()).unwrap_or(i64::MAX));
-        }
-    }
-
-    /// When a chunk may begin, if one has to wait.
-    fn next(&self) -> Option<Monotonic> {
-        if self.balance >= 0 {
-            return None;
-        }
-        let Some(rate) = self.rate else { return Some(self.at) };
-        let micros = u128::from(self.balance.unsigned_abs()) * 1_000_000 / u128::from(rate.get()) + 1;
-        Some(self.at + std::time::Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX)))
-    }
+/// Bytes a second, and how many are saved up at most.
+fn rate_and_saved(rate: Option<ByteLength>) -> (Option<u64>, u64) {
+    let rate = rate.map(|rate| rate.max(COPY_RATE_MIN).get());
+    (rate, rate.unwrap_or_default() / SAVED)
 }
 
 impl Engine {
     /// Changes how many bytes are copied in a second at most (not below [`COPY_RATE_MIN`]); `None`: as many as go. Look at
     /// [`Engine::deadline`] afterwards.
     pub fn set_copy_rate(&mut self, rate: Option<ByteLength>) {
-        self.pace.rate = rate.map(|rate| rate.max(COPY_RATE_MIN));
+        self.pace.set(rate);
     }
 
     /// How many chunks may be under way in one copy. None before the next moment in [`Engine::copy_deadline`].
@@ -73,7 +50,7 @@ impl Engine {
         if !self.is_serving() {
             return CHUNKS_MAX;
         }
-        match self.pace.may_begin(now) {
+        match self.pace.0.may_take(now) {
             true if self.requests.is_empty() => CHUNKS_MAX,
             true => CHUNKS_BESIDE_REQUESTS,
             false => 0,
@@ -82,13 +59,13 @@ impl Engine {
 
     pub(super) fn spend_on_copy(&mut self, bytes: ByteLength) {
         if self.is_serving() {
-            self.pace.spend(bytes);
+            self.pace.0.take(bytes.get());
         }
     }
 
     /// When copies that wait for their turn may go on.
     pub(super) fn copy_deadline(&self) -> Option<Monotonic> {
-        self.pace.next().filter(|_| self.members.iter().any(|member| member.takes_writes() && member.copy.is_some()))
+        self.pace.0.next().filter(|_| self.members.iter().any(|member| member.takes_writes() && member.copy.is_some()))
     }
 
     /// Starts what may begin now in all copies.
@@ -108,37 +85,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn in_the_long_run_the_rate_is_kept() {
-        let begin = Monotonic::default();
-        let rate = ByteLength::new(10 << 20);
-        let mut pace = Pace::new(Some(rate), begin);
-        let (mut now, mut bytes) = (begin, 0);
-        while now.since(begin) < Duration::from_secs(60) {
-            while pace.may_begin(now) {
-                pace.spend(ByteLength::new(1 << 20));
-                bytes += 1 << 20;
-            }
-            now = pace.next().unwrap();
-        }
-        assert!((590 << 20..=602 << 20).contains(&bytes), "{bytes} bytes in a minute");
-    }
-
-    #[test]
     fn little_is_saved_up_and_without_a_cap_nothing_waits() {
         let begin = Monotonic::default();
         let mut pace = Pace::new(Some(ByteLength::new(100 << 20)), begin);
         let later = begin + Duration::from_secs(3600);
         let mut chunks = 0;
-        while pace.may_begin(later) {
-            pace.spend(ByteLength::new(1 << 20));
+        while pace.0.may_take(later) {
+            pace.0.take(1 << 20);
             chunks += 1;
         }
         assert_eq!(chunks, 11, "a tenth of a second's worth, and one more");
-        pace.rate = None;
-        assert!(pace.next().is_some_and(|next| next <= later), "who waits for the cap goes on when it is lifted");
-        assert!(pace.may_begin(later) && pace.next().is_none());
-        let mut free = Pace::new(None, begin);
-        free.spend(ByteLength::new(1 << 40));
-        assert!(free.may_begin(begin) && free.next().is_none());
+        pace.set(None);
+        assert!(pace.0.next().is_some_and(|next| next <= later), "who waits for the cap goes on when it is lifted");
+        assert!(pace.0.may_take(later) && pace.0.next().is_none());
+    }
+
+    #[test]
+    fn a_cap_below_the_least_is_the_least() {
+        let begin = Monotonic::default();
+        let mut pace = Pace::new(Some(ByteLength::new(1)), begin);
+        assert!(pace.0.may_take(begin));
+        pace.0.take(1 << 20);
+        assert_eq!(pace.0.next(), Some(begin + Duration::from_secs(1)));
     }
 }
