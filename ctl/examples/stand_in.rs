@@ -11,6 +11,7 @@
 //! | `shy` | opens its control socket after two seconds only |
 //! | `slow-up` | stays electing for a second |
 //! | `busy` | refuses to detach, unless forced |
+//! | `limited` | writes the limits under which it serves to `target/VOLUME.limits`, and leaves them there |
 //! | `deaf` | never answers a request to detach, unless a file `cured` is in the run directory |
 //!
 //! A file `slow` in a store's folder makes each creation there last a second, a file `broken` makes it fail; what is in a file
@@ -30,6 +31,7 @@ use carrick_replicator::control::{
     RunDirectory, ScrubReport, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus, read_line, write_line,
 };
 use carrick_replicator::endpoint::Endpoint;
+use carrick_replicator::limits::{Delays, Limits};
 use rustix::fs::FlockOperation;
 
 /// Room in a store unless it is formatted with another size.
@@ -204,6 +206,7 @@ fn target(config: &Path, run: &RunDirectory) -> Result<()> {
     if config.name.starts_with("no-ublk") {
         return fail(ControlErrorCode::Unsupported, "this kernel has no ublk driver: load the module ublk_drv");
     }
+    write_limits(&config, run, &config.limits)?;
     let control = bind(&run.target_control(config.volume))?;
     let started = Instant::now();
     for stream in control.incoming() {
@@ -213,12 +216,20 @@ fn target(config: &Path, run: &RunDirectory) -> Result<()> {
         while let Ok(Some(request)) = read_line(&mut reader) {
             let answer = target_answer(&config, run, started, &request)?;
             let _ = write_line(&mut writer, &answer);
-            if answer == TargetAnswer::Done {
+            if answer == TargetAnswer::Done && matches!(request, TargetRequest::Detach { .. }) {
                 return Ok(());
             }
         }
     }
     Ok(())
+}
+
+fn write_limits(config: &TargetConfig, run: &RunDirectory, limits: &Limits) -> Result<()> {
+    if !config.name.starts_with("limited") {
+        return Ok(());
+    }
+    let path = run.root().join(format!("target/{}.limits", config.volume));
+    fs::write(path, serde_json::to_vec(limits).map_err(text)?).map_err(text)
 }
 
 fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, request: &TargetRequest) -> Result<TargetAnswer> {
@@ -249,9 +260,14 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
                 waiting_for: (!serving).then(|| "a majority of its replicas: 0 of 3 answer".into()),
                 copied: ByteLength::ZERO,
                 repaired: 0,
+                delays: Delays { requests: 3, micros: 4500, waiting: 2 },
             }))
         }
         TargetRequest::SetRebuildRate { .. } => Ok(TargetAnswer::Done),
+        TargetRequest::SetLimits { limits } => {
+            write_limits(config, run, limits)?;
+            Ok(TargetAnswer::Done)
+        }
         TargetRequest::Detach { force } => {
             if named("busy") && !force {
                 let message = format!("/dev/ublkb7 is in use: stop what has volume {} open, or use --force", config.name);

@@ -95,6 +95,71 @@ fn a_rebuild_rate_is_set_shown_kept_and_lifted() {
 }
 
 #[test]
+fn limits_are_set_shown_kept_changed_and_lifted() {
+    let mut node = Node::new(3);
+    let id = node.carrick(&["volume", "create", "limited1", "--size", "1G"]).ok()["id"].as_str().unwrap().to_owned();
+    node.carrick(&["attach", "limited1"]).ok();
+    // Under which the target serves, by its own word.
+    let served = |node: &Node| fs::read_to_string(node.run(&format!("target/{id}.limits"))).unwrap();
+    assert_eq!(served(&node), "{}");
+    let targets = node.pids("target");
+    let shown = node.carrick(&["volume", "set", "limited1", "iops=500", "bandwidth=50M", "bandwidth-burst=1G"]).ok();
+    assert_eq!((&shown["iops"], &shown["iops_burst"]), (&500.into(), &0.into()));
+    assert_eq!((&shown["bandwidth"], &shown["bandwidth_burst"]), (&(50_u64 << 20).into(), &(1_u64 << 30).into()));
+    assert_eq!((&shown["attachment"]["delayed_requests"], &shown["attachment"]["delayed_micros"]), (&3.into(), &4500.into()));
+    assert_eq!(served(&node), r#"{"iops":500,"bandwidth":52428800,"bandwidth_burst":1073741824}"#);
+    // One is changed, the rest stays; the daemon's death changes nothing.
+    node.carrick(&["volume", "set", "limited1", "iops=1000", "iops-burst=20"]).ok();
+    node.kill_daemon();
+    node.start();
+    assert_eq!(node.pids("target"), targets, "the same target all the time");
+    let wanted = r#"{"iops":1000,"iops_burst":20,"bandwidth":52428800,"bandwidth_burst":1073741824}"#;
+    assert_eq!(served(&node), wanted);
+    // A new target begins with them.
+    fs::remove_file(node.run(&format!("target/{id}.limits"))).unwrap();
+    node.carrick(&["detach", "limited1"]).ok();
+    node.carrick(&["attach", "limited1"]).ok();
+    assert_eq!(served(&node), wanted);
+    // Lifted along with its burst.
+    let shown = node.carrick(&["volume", "set", "limited1", "iops=none", "bandwidth-burst=none"]).ok();
+    assert_eq!((&shown["iops"], &shown["iops_burst"], &shown["bandwidth_burst"]), (&0.into(), &0.into(), &0.into()));
+    assert_eq!(served(&node), r#"{"bandwidth":52428800}"#);
+    node.carrick(&["volume", "set", "limited1", "bandwidth=none"]).ok();
+    assert_eq!(served(&node), "{}");
+}
+
+#[test]
+fn limits_that_cannot_be_are_refused_by_name_and_nothing_changes() {
+    let node = Node::new(3);
+    node.carrick(&["volume", "create", "vm1", "--size", "1G"]).ok();
+    node.carrick(&["volume", "set", "vm1", "iops=500"]).ok();
+    let before = node.carrick(&["volume", "show", "vm1"]).ok();
+    for (settings, field) in [
+        (&["iops=0"][..], "iops"),
+        (&["bandwidth=50M", "iops=9"], "iops"),
+        (&["iops=100000001"], "iops"),
+        (&["iops-burst=0"], "iops_burst"),
+        (&["iops=none", "iops-burst=5"], "iops_burst"),
+        (&["bandwidth=0"], "bandwidth"),
+        (&["bandwidth=512K"], "bandwidth"),
+        (&["iops=600", "bandwidth=2T"], "bandwidth"),
+        (&["bandwidth-burst=1M"], "bandwidth_burst"),
+        (&["bandwidth=1M", "bandwidth-burst=2T"], "bandwidth_burst"),
+    ] {
+        let answer = node.carrick(&[&["volume", "set", "vm1"], settings].concat());
+        assert_eq!(answer.json["subject"], field, "{}", answer.text);
+        answer.fails(2, "INVALID_FIELD");
+    }
+    for wrong in ["iops=fast", "iops=1.5", "iops=-1", "bandwidth=fast"] {
+        let answer = node.carrick(&["volume", "set", "vm1", wrong]);
+        assert!(answer.text.contains(wrong.split('=').next().unwrap()), "{}", answer.text);
+        answer.fails(2, "USAGE");
+    }
+    node.carrick(&["volume", "set", "vm2", "iops=500"]).fails(3, "VOLUME_NOT_FOUND");
+    assert_eq!(node.carrick(&["volume", "show", "vm1"]).ok(), before);
+}
+
+#[test]
 fn a_full_store_fails_the_creation_and_nothing_of_it_is_left() {
     let node = Node::new(3);
     let store = node.store_path(2);

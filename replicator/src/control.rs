@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::endpoint::Endpoint;
 use crate::engine::ConfigVersion;
+use crate::limits::{Delays, Limits};
 
 /// Longest line in either direction: a status of a thousand replicas fits with room to spare.
 pub const LINE_MAX: u64 = 1 << 20;
@@ -131,6 +132,11 @@ pub enum TargetRequest {
         /// At least [`crate::engine::COPY_RATE_MIN`].
         rate: Option<ByteLength>,
     },
+    /// From now on these limits of the volume's requests. Those that wait go on under the new ones.
+    SetLimits {
+        /// All of them; what isn't given isn't limited.
+        limits: Limits,
+    },
 }
 
 /// What it answers.
@@ -139,7 +145,7 @@ pub enum TargetRequest {
 pub enum TargetAnswer {
     /// To `Status`.
     Status(TargetStatus),
-    /// To `Detach`: the device is gone, and the process ends now. To `SetRebuildRate`: from now on.
+    /// To `Detach`: the device is gone, and the process ends now. To `SetRebuildRate` and `SetLimits`: from now on.
     Done,
     /// It is not, and nothing changed.
     Refused(ControlError),
@@ -186,6 +192,9 @@ pub struct TargetStatus {
     /// Damaged reads that another replica answered, and whose blocks were written anew where they were damaged, since then.
     #[serde(default)]
     pub repaired: u64,
+    /// What the volume's limits did to its requests, since then.
+    #[serde(default)]
+    pub delays: Delays,
 }
 
 /// How a primary sees a replica.
@@ -275,6 +284,9 @@ pub struct TargetConfig {
     /// As in [`TargetRequest::SetRebuildRate`].
     #[serde(default)]
     pub rebuild_rate: Option<ByteLength>,
+    /// As in [`TargetRequest::SetLimits`].
+    #[serde(default, skip_serializing_if = "Limits::are_none")]
+    pub limits: Limits,
     /// The socket of the metadata store that says which replicas count. Without one all do, always.
     #[serde(default)]
     pub records: Option<PathBuf>,

@@ -47,6 +47,7 @@ fn check(config: &TargetConfig) -> Result<LogicalBlock, String> {
     if !(1..=MEMBERS_MAX).contains(&config.replicas.len()) {
         return Err(format!("there are {} replicas: 1 to {MEMBERS_MAX} are possible", config.replicas.len()));
     }
+    config.limits.check().map_err(|error| error.to_string())?;
     LogicalBlock::new(config.block_size).ok_or_else(|| format!("the block size is {}: choose 512 or 4096", config.block_size))
 }
 
@@ -149,6 +150,7 @@ fn failed(what: &str, error: &io::Error) -> ControlError {
 mod tests {
     use carrick_backing_store::VolumeSize;
     use carrick_replicator::control::ReplicaAddress;
+    use carrick_replicator::limits::{Limits, Requests};
 
     use super::*;
 
@@ -162,6 +164,7 @@ mod tests {
             host: false,
             rebuild_rate: None,
             records: None,
+            limits: Limits::default(),
             replicas: vec![ReplicaAddress {
                 store: "0f8fad5b-d9cb-469f-a165-70867728950e".parse().unwrap(),
                 endpoint: "unix:/run/carrick/replica/x.sock".parse().unwrap(),
@@ -186,6 +189,7 @@ mod tests {
         assert!(changed(|config| config.queue_depth = 0));
         assert!(changed(|config| config.queue_depth = 513));
         assert!(changed(|config| config.replicas.clear()));
+        assert!(changed(|config| config.limits.iops = Some(Requests::new(0))));
     }
 
     #[test]

@@ -3,11 +3,15 @@
 use std::fs::File;
 use std::io;
 use std::sync::mpsc;
+use std::time::Instant;
 
 use carrick_backing_store::{BufferPool, Term};
-use carrick_replicator::control::{MemberReport, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus};
+use carrick_replicator::control::{
+    ControlError, ControlErrorCode, MemberReport, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus,
+};
 use carrick_replicator::engine::{ConfigRecord, Engine, ReadBytes, Request, RequestError, RequestTag, Response};
 use carrick_replicator::io::{Command, Completed, FrontEnd, Mailbox, Reactor, Reply, Source};
+use carrick_replicator::limits::Limits;
 
 use crate::process;
 use crate::progress::Progress;
@@ -32,6 +36,8 @@ pub enum Order {
         /// What came of it.
         done: Reply<io::Result<()>>,
     },
+    /// Whether requests wait for the volume's limits. They don't when the device goes, whoever uses it.
+    Limit(bool),
     /// End all requests, those to come included.
     Abort,
     /// The metadata store says which replicas count, or why it can't.
@@ -97,7 +103,13 @@ impl TargetFrontEnd {
         Self { config, mailboxes, notices, progress, pool, queue: None, flushing: None, releasing: None }
     }
 
-    fn on_command(&self, engine: &mut Engine, command: Command<TargetRequest, TargetAnswer>) {
+    fn on_command(
+        &mut self,
+        reactor: &mut Reactor,
+        engine: &mut Engine,
+        command: Command<TargetRequest, TargetAnswer>,
+        requests: &mut Vec<(RequestTag, Request)>,
+    ) -> io::Result<()> {
         match command.request {
             TargetRequest::Status => command.reply.send(TargetAnswer::Status(self.status(engine))),
             TargetRequest::Detach { force } => self.notify(Notice::Detach { force, reply: command.reply }),
@@ -105,7 +117,35 @@ impl TargetFrontEnd {
                 engine.set_copy_rate(rate);
                 command.reply.send(TargetAnswer::Done);
             }
+            TargetRequest::SetLimits { limits } => match limits.check() {
+                Ok(()) => {
+                    self.config.limits = limits;
+                    self.limit(reactor, &limits, requests)?;
+                    command.reply.send(TargetAnswer::Done);
+                }
+                Err(error) => {
+                    let error = ControlError { code: ControlErrorCode::Invalid, message: error.to_string() };
+                    command.reply.send(TargetAnswer::Refused(error));
+                }
+            },
         }
+        Ok(())
+    }
+
+    /// Puts limits into effect: whoever waits and needn't any more goes on now.
+    fn limit(&mut self, reactor: &mut Reactor, limits: &Limits, requests: &mut Vec<(RequestTag, Request)>) -> io::Result<()> {
+        if let Some(queue) = &mut self.queue {
+            queue.set_limits(limits);
+        }
+        self.serve_waiting(reactor, requests)
+    }
+
+    fn serve_waiting(&mut self, reactor: &mut Reactor, requests: &mut Vec<(RequestTag, Request)>) -> io::Result<()> {
+        let Some(queue) = &mut self.queue else { return Ok(()) };
+        while let Some(taken) = queue.next_waiting(reactor)? {
+            requests.push(request(taken));
+        }
+        Ok(())
     }
 
     fn status(&self, engine: &Engine) -> TargetStatus {
@@ -137,6 +177,7 @@ impl TargetFrontEnd {
             waiting_for: step.waiting_for.or_else(|| engine.waiting_for()),
             copied: engine.copied(),
             repaired: engine.repaired(),
+            delays: self.queue.as_ref().map_or_else(Default::default, UblkQueue::delays),
         }
     }
 
@@ -149,8 +190,16 @@ impl TargetFrontEnd {
     ) -> io::Result<()> {
         match order {
             Order::Open { device, depth, done } => done.send(self.open(reactor, device, depth)),
-            Order::Abort => engine.abort(),
             Order::Config(answer) => engine.on_config(answer),
+            Order::Limit(is_on) => {
+                let limits = if is_on { self.config.limits } else { Limits::default() };
+                self.limit(reactor, &limits, requests)?;
+            }
+            Order::Abort => {
+                engine.abort();
+                // Those that wait for their turn are to end, too.
+                self.limit(reactor, &Limits::default(), requests)?;
+            }
             Order::Flush { done } => {
                 self.flushing = Some(done);
                 requests.push((LAST_FLUSH, Request::Flush));
@@ -169,7 +218,9 @@ impl TargetFrontEnd {
             // table (I13). The driver's commands are sent by the main thread, which keeps it.
             process::drop_sys_admin()?;
         }
-        self.queue = Some(UblkQueue::open(device, depth, self.pool.clone(), reactor)?);
+        let mut queue = UblkQueue::open(device, depth, self.pool.clone(), reactor)?;
+        queue.set_limits(&self.config.limits);
+        self.queue = Some(queue);
         Ok(())
     }
 
@@ -224,8 +275,9 @@ impl FrontEnd for TargetFrontEnd {
     ) -> io::Result<()> {
         match (completed.source, completed.token) {
             (Some(Source::Mailbox), COMMANDS) => {
-                for command in self.mailboxes.commands.take() {
-                    self.on_command(engine, command);
+                let commands: Vec<_> = self.mailboxes.commands.take().collect();
+                for command in commands {
+                    self.on_command(reactor, engine, command, requests)?;
                 }
                 self.mailboxes.commands.arm(reactor, COMMANDS)
             }
@@ -263,10 +315,15 @@ impl FrontEnd for TargetFrontEnd {
             }
         };
         queue.finish(reactor, tag.0, read)?;
-        while let Some(taken) = queue.next_waiting(reactor)? {
-            requests.push(request(taken));
-        }
-        Ok(())
+        self.serve_waiting(reactor, requests)
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.queue.as_ref().and_then(UblkQueue::due)
+    }
+
+    fn on_due(&mut self, reactor: &mut Reactor, requests: &mut Vec<(RequestTag, Request)>) -> io::Result<()> {
+        self.serve_waiting(reactor, requests)
     }
 
     fn is_finished(&self) -> bool {

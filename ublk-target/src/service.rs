@@ -243,6 +243,8 @@ impl Service {
     fn on_detach(&mut self, force: bool, reply: Reply<TargetAnswer>) -> bool {
         let before = self.progress.get();
         self.progress.set(|step| step.phase = TargetPhase::Stopping);
+        // What waits for the limits is to be done, not to fail. If the thread is gone, its word says why.
+        let _ = force && self.orders.send(Order::Limit(false));
         match self.detach(force) {
             Ok(()) => {
                 tracing::info!(volume = %self.config.volume, force, "detached");
@@ -253,6 +255,7 @@ impl Service {
             Err(error) => {
                 tracing::warn!(%error, force, "not detached");
                 self.progress.set(|step| *step = before);
+                let _ = force && self.orders.send(Order::Limit(true));
                 reply.send(TargetAnswer::Refused(error));
                 false
             }

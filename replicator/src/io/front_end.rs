@@ -1,6 +1,7 @@
 //! Where requests come from: the ublk queue of a target, or a load generator.
 
 use std::io;
+use std::time::Instant;
 
 use carrick_backing_store::Term;
 
@@ -48,6 +49,19 @@ pub trait FrontEnd {
         result: Result<Response, RequestError>,
         requests: &mut Vec<(RequestTag, Request)>,
     ) -> io::Result<()>;
+
+    /// When [`FrontEnd::on_due`] is to be called; `None`: nothing here waits for a time. Asked before each wait.
+    fn due(&self) -> Option<Instant> {
+        None
+    }
+
+    /// The time that [`FrontEnd::due`] named has come.
+    ///
+    /// # Errors
+    /// End the primary.
+    fn on_due(&mut self, _reactor: &mut Reactor, _requests: &mut Vec<(RequestTag, Request)>) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Whether the primary should end. Asked before each wait.
     fn is_finished(&self) -> bool;

@@ -170,7 +170,7 @@ impl Primary {
             if front.is_finished() {
                 return Ok(());
             }
-            let timeout = if quiet { self.timeout() } else { Some(Duration::ZERO) };
+            let timeout = if quiet { self.timeout(front.due()) } else { Some(Duration::ZERO) };
             self.reactor.wait(timeout, &mut completed)?;
             self.on_time(front)?;
             for completed in completed.drain(..) {
@@ -183,14 +183,15 @@ impl Primary {
         Monotonic::new(self.started.elapsed())
     }
 
-    /// How long nothing is due.
-    fn timeout(&mut self) -> Option<Duration> {
+    /// How long nothing is due, here or in the front end.
+    fn timeout(&mut self, front: Option<Instant>) -> Option<Duration> {
         let now = self.now();
         if mem::take(&mut self.busy) {
             self.busy_at = Some(now);
         }
         let idle = self.busy_at.map(|at| at + IDLE);
-        [self.engine.deadline(), idle].into_iter().flatten().min().map(|due| due.since(now))
+        let front = front.map(|due| Monotonic::new(due.saturating_duration_since(self.started)));
+        [self.engine.deadline(), idle, front].into_iter().flatten().min().map(|due| due.since(now))
     }
 
     fn on_time(&mut self, front: &mut impl FrontEnd) -> Result<(), PrimaryError> {
@@ -198,6 +199,9 @@ impl Primary {
         if self.engine.deadline().is_some_and(|due| due <= now) {
             self.engine.on_timer(now);
             self.act(front)?;
+        }
+        if front.due().is_some_and(|due| due <= Instant::now()) {
+            front.on_due(&mut self.reactor, &mut self.requests)?;
         }
         if !self.busy && self.busy_at.is_some_and(|at| at + IDLE <= now) {
             self.busy_at = None;

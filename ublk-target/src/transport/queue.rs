@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
+use std::time::Instant;
 
 use carrick_backing_store::{Buffer, BufferPool};
 use io_uring::{opcode, types};
@@ -12,7 +13,10 @@ use libublk_rs_sys as sys;
 use super::budget::Budget;
 use super::copy;
 use super::descriptor::{Asked, Descriptor, Operation};
+use super::throttle::Throttle;
 use carrick_replicator::io::{Reactor, Source};
+use carrick_replicator::limits::{Delays, Limits};
+use carrick_replicator::time::Monotonic;
 
 /// Deepest queue. All FETCHes of it fit into the ring's submission queue at once (T2).
 pub const QUEUE_DEPTH_MAX: u16 = 512;
@@ -24,6 +28,8 @@ const QUEUE: u16 = 0;
 enum Tag {
     /// A FETCH or COMMIT_AND_FETCH is at the kernel.
     AtKernel,
+    /// Its request waits for its turn under the volume's limits.
+    Held(Asked),
     /// Its request waits for memory.
     Waiting(Asked),
     /// Its request is in service.
@@ -49,6 +55,9 @@ pub struct UblkQueue {
     device: File,
     descriptors: Descriptors,
     tags: Vec<Tag>,
+    throttle: Throttle,
+    /// Start of the throttle's clock.
+    started: Instant,
     budget: Budget,
     pool: BufferPool,
     in_service: u32,
@@ -67,7 +76,8 @@ impl UblkQueue {
         }
         let descriptors = Descriptors::map(&device, depth)?;
         let tags = vec![Tag::AtKernel; depth.into()];
-        let queue = Self { device, descriptors, tags, budget: Budget::new(depth), pool, in_service: 0, ended: 0 };
+        let (throttle, budget) = (Throttle::default(), Budget::new(depth));
+        let queue = Self { device, descriptors, tags, throttle, started: Instant::now(), budget, pool, in_service: 0, ended: 0 };
         // What is in the submission queue already must not push the FETCHes over two submissions.
         reactor.submit()?;
         for tag in 0..depth {
@@ -100,11 +110,11 @@ impl UblkQueue {
         }
         let descriptor = self.descriptors.read(tag);
         match descriptor.decode() {
-            Ok(asked) if self.budget.take(tag, asked.data_bytes()) => self.serve(reactor, tag, asked),
-            Ok(asked) => {
-                self.set(tag, Tag::Waiting(asked));
+            Ok(asked) if self.throttle.is_on() && !self.throttle.take(self.now(), tag, asked) => {
+                self.set(tag, Tag::Held(asked));
                 Ok(None)
             }
+            Ok(asked) => self.admit(reactor, tag, asked),
             Err(errno) => {
                 tracing::error!(?descriptor, "a request that makes no sense");
                 self.commit(reactor, tag, errno)?;
@@ -113,7 +123,26 @@ impl UblkQueue {
         }
     }
 
-    /// The next request that waited for memory and can be served now. Ask until `None` after each [`UblkQueue::finish`].
+    /// From now on these limits. Ask [`UblkQueue::next_waiting`] until `None` afterwards.
+    pub fn set_limits(&mut self, limits: &Limits) {
+        let (now, depth) = (self.now(), self.descriptors.depth);
+        self.throttle.set(now, limits, depth);
+    }
+
+    /// When [`UblkQueue::next_waiting`] has a request that waits for its turn; `None`: none does.
+    #[must_use]
+    pub fn due(&self) -> Option<Instant> {
+        self.throttle.due().map(|due| self.started + due.since(Monotonic::default()))
+    }
+
+    /// What the limits have done so far.
+    #[must_use]
+    pub fn delays(&self) -> Delays {
+        self.throttle.delays()
+    }
+
+    /// The next request that waited, for memory or for its turn, and can be served now. Ask until `None` after each
+    /// [`UblkQueue::finish`], when it is [`UblkQueue::due`], and when limits have changed.
     ///
     /// # Errors
     /// As of [`UblkQueue::on_completed`].
@@ -123,6 +152,22 @@ impl UblkQueue {
                 return Err(io::Error::other(format!("tag {tag} has memory and doesn't wait for it")));
             };
             if let Some(taken) = self.serve(reactor, tag, asked)? {
+                return Ok(Some(taken));
+            }
+        }
+        self.next_held(reactor)
+    }
+
+    fn next_held(&mut self, reactor: &mut Reactor) -> io::Result<Option<Taken>> {
+        if !self.throttle.holds_any() {
+            return Ok(None);
+        }
+        let now = self.now();
+        while let Some(tag) = self.throttle.next(now) {
+            let (tag, Tag::Held(asked)) = self.state(tag.into())? else {
+                return Err(io::Error::other(format!("it is the turn of tag {tag}, which doesn't wait for it")));
+            };
+            if let Some(taken) = self.admit(reactor, tag, asked)? {
                 return Ok(Some(taken));
             }
         }
@@ -159,6 +204,19 @@ impl UblkQueue {
     #[must_use]
     pub fn is_drained(&self) -> bool {
         self.ended as usize == self.tags.len()
+    }
+
+    fn now(&self) -> Monotonic {
+        Monotonic::new(self.started.elapsed())
+    }
+
+    /// Serves a request if there is memory for it; else it waits for some.
+    fn admit(&mut self, reactor: &mut Reactor, tag: u16, asked: Asked) -> io::Result<Option<Taken>> {
+        if self.budget.take(tag, asked.data_bytes()) {
+            return self.serve(reactor, tag, asked);
+        }
+        self.set(tag, Tag::Waiting(asked));
+        Ok(None)
     }
 
     fn serve(&mut self, reactor: &mut Reactor, tag: u16, asked: Asked) -> io::Result<Option<Taken>> {

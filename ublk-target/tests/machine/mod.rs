@@ -11,6 +11,7 @@ use carrick_replicator::control::{
     ReplicaAddress, ReplicaAnswer, ReplicaRequest, RunDirectory, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus, call,
 };
 use carrick_replicator::endpoint::Endpoint;
+use carrick_replicator::limits::Limits;
 use tempfile::TempDir;
 
 /// User-mode Linux on a busy machine is slow; nothing here is a measurement.
@@ -44,6 +45,7 @@ impl Machine {
             replicas: Vec::new(),
             rebuild_rate: None,
             records: None,
+            limits: Limits::default(),
         };
         let mut machine = Self { config, run, folder: tempfile::tempdir().unwrap(), replicas: Vec::new(), target: None };
         for number in 0..replicas {

@@ -8,6 +8,8 @@ use carrick_replicator::control::RunDirectory;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
+use crate::settings::Setting;
+
 /// Printed below the help: scripts rely on it.
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -134,9 +136,10 @@ pub enum VolumeCommand {
     Set {
         /// Its name
         name: String,
-        /// rebuild-rate=50M: copy so many bytes a second at most to replicas that lack them (at least 1M); rebuild-rate=none: as
-        /// many as go
-        #[arg(required = true, value_name = "KEY=VALUE", value_parser = setting)]
+        /// iops=500: so many requests a second at most; bandwidth=50M: so many bytes; those above wait. iops-burst=2000,
+        /// bandwidth-burst=1G: so much above that may come at once after a pause (by default a second's worth). rebuild-rate=50M:
+        /// copy so many bytes a second at most to replicas that lack them (at least 1M). KEY=none takes a limit away
+        #[arg(required = true, value_name = "KEY=VALUE", value_parser = Setting::parse)]
         settings: Vec<Setting>,
     },
     /// Delete a volume with its data
@@ -255,22 +258,6 @@ fn replicas(text: &str) -> Result<usize, String> {
 
 fn size(text: &str) -> Result<u64, SizeError> {
     parse_size(text)
-}
-
-/// What can be changed of a volume.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Setting {
-    /// Bytes a second; zero is no cap.
-    RebuildRate(u64),
-}
-
-fn setting(text: &str) -> Result<Setting, String> {
-    match text.split_once('=') {
-        Some(("rebuild-rate", "none")) => Ok(Setting::RebuildRate(0)),
-        Some(("rebuild-rate", rate)) => parse_size(rate).map(Setting::RebuildRate).map_err(|error| error.to_string()),
-        Some((key, _)) => Err(format!("there is no setting {key}; there is rebuild-rate")),
-        None => Err("write KEY=VALUE, such as rebuild-rate=50M".to_owned()),
-    }
 }
 
 #[cfg(test)]

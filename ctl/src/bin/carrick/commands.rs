@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use carrick_ctl::v1;
 use serde::Serialize;
 
-use crate::arguments::{Arguments, Attach, Command, Detach, Setting, Shutdown, StoreCommand, VolumeCommand};
+use crate::arguments::{Arguments, Attach, Command, Detach, Shutdown, StoreCommand, VolumeCommand};
 use crate::bench;
 use crate::client::{Client, change, question};
 use crate::report::Problem;
+use crate::settings;
 use crate::words;
 
 /// For the daemon to be gone after it said that everything is shut down.
@@ -99,8 +100,7 @@ async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Res
             output.show(&answer.volume.unwrap_or_default(), words::volume)
         }
         VolumeCommand::Set { name, settings } => {
-            let rebuild_rate = settings.iter().map(|Setting::RebuildRate(rate)| *rate).next_back();
-            let answer = volumes.set_volume(change(v1::SetVolumeRequest { name, rebuild_rate })).await?.into_inner();
+            let answer = volumes.set_volume(change(settings::request(name, &settings)?)).await?.into_inner();
             output.show(&answer.volume.unwrap_or_default(), words::volume)
         }
         VolumeCommand::Delete { name } => {

@@ -6,6 +6,7 @@ mod bench;
 mod client;
 mod commands;
 mod report;
+mod settings;
 mod table;
 mod words;
 

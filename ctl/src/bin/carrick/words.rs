@@ -131,6 +131,14 @@ pub fn volume(volume: &Volume) -> String {
     if volume.rebuild_rate > 0 {
         line("rebuilds at", &format!("{} a second at most", HumanSize(volume.rebuild_rate)));
     }
+    if volume.iops > 0 {
+        let burst = at_once(volume.iops_burst, volume.iops);
+        line("requests", &format!("{} a second at most, {burst} more at once after a pause", volume.iops));
+    }
+    if volume.bandwidth > 0 {
+        let (rate, burst) = (HumanSize(volume.bandwidth), HumanSize(at_once(volume.bandwidth_burst, volume.bandwidth)));
+        line("bandwidth", &format!("{rate} a second at most, {burst} more at once after a pause"));
+    }
     if let Some(attachment) = &volume.attachment {
         line("device", attachment.device.as_deref().unwrap_or(NONE));
         line("used by", if attachment.host { "the host" } else { "a guest" });
@@ -139,6 +147,7 @@ pub fn volume(volume: &Volume) -> String {
         line("in flight", &attachment.requests_in_flight.to_string());
         line("copied", &format!("{} to replicas that lacked it", HumanSize(attachment.copied_bytes)));
         line("repaired", &format!("{} damaged reads", attachment.repaired_reads));
+        delays(volume, attachment).into_iter().for_each(|what| line("delayed", &what));
         attachment.waiting_for.as_deref().into_iter().for_each(|what| line("waits for", what));
         attachment.problem.as_deref().into_iter().for_each(|what| line("problem", what));
     }
@@ -149,6 +158,21 @@ pub fn volume(volume: &Volume) -> String {
     }
     let _ = write!(text, "\n{table}");
     text
+}
+
+/// What may come at once, if that isn't given: a second's worth.
+const fn at_once(burst: u64, rate: u64) -> u64 {
+    if burst == 0 { rate } else { burst }
+}
+
+/// What the limits did, if there are any or were.
+fn delays(volume: &Volume, attachment: &Attachment) -> Option<String> {
+    let Attachment { delayed_requests: requests, delayed_micros, requests_delayed_now: now, .. } = attachment;
+    if volume.iops == 0 && volume.bandwidth == 0 && *requests == 0 {
+        return None;
+    }
+    let average = delayed_micros.checked_div(*requests).unwrap_or(0) as f64 / 1000.0;
+    Some(format!("{requests} requests waited for these limits, {average:.1} ms on average; {now} wait now"))
 }
 
 /// The whole node.
@@ -329,6 +353,9 @@ mod tests {
             device: Some("/dev/ublkb0".into()),
             term: Some("3.0000abcd".into()),
             phase: TargetPhase::Serving.into(),
+            delayed_requests: 4,
+            delayed_micros: 50_000,
+            requests_delayed_now: 7,
             ..Attachment::default()
         };
         let shown = Volume {
@@ -339,6 +366,10 @@ mod tests {
             config_version: 1,
             created_unix: 0,
             rebuild_rate: 0,
+            iops: 500,
+            iops_burst: 0,
+            bandwidth: 50 << 20,
+            bandwidth_burst: 1 << 30,
             state: VolumeState::Ready.into(),
             replicas: vec![
                 replica(ReplicaState::InSync, None),
@@ -353,6 +384,16 @@ mod tests {
         );
         let text = volume(&shown);
         assert!(text.contains("state       attached\n"), "{text}");
+        for line in [
+            "requests    500 a second at most, 500 more at once after a pause\n",
+            "bandwidth   50 MiB a second at most, 1 GiB more at once after a pause\n",
+            "delayed     4 requests waited for these limits, 12.5 ms on average; 7 wait now\n",
+        ] {
+            assert!(text.contains(line), "{line:?}: {text}");
+        }
+        let free = Volume { iops: 0, bandwidth: 0, attachment: Some(Attachment::default()), ..shown.clone() };
+        let text_of_free = volume(&free);
+        assert!(!text_of_free.contains("delayed") && !text_of_free.contains("at once"), "{text_of_free}");
         assert!(text.contains("REPLICA IN  STORE     STATE         LAST ERROR\n/srv/a      01234567  in sync\n"), "{text}");
         assert_eq!(replica_state(&replica(ReplicaState::Copying, Some((0, 0)))), "copying");
         assert_eq!(replica_state(&replica(ReplicaState::Copying, Some((u64::MAX, u64::MAX)))), "copying 100 %");

@@ -4,7 +4,6 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use carrick_backing_store::ByteLength;
 use carrick_replicator::control::{
     ControlError, LINE_MAX, ReplicaAnswer, ReplicaProcessStatus, ReplicaRequest, TargetAnswer, TargetRequest, TargetStatus,
 };
@@ -99,9 +98,9 @@ pub async fn detach(socket: &Path, force: bool) -> Result<(), CallError> {
     }
 }
 
-/// Tells a carrick-target how fast it may copy to replicas that lack something.
-pub async fn set_rebuild_rate(socket: &Path, rate: Option<ByteLength>) -> Result<(), CallError> {
-    match ask(socket, &TargetRequest::SetRebuildRate { rate }, STATUS_LIMIT).await? {
+/// Tells a carrick-target to go on in another way: `SetRebuildRate`, `SetLimits`.
+pub async fn set_target(socket: &Path, request: &TargetRequest) -> Result<(), CallError> {
+    match ask(socket, request, STATUS_LIMIT).await? {
         TargetAnswer::Done => Ok(()),
         TargetAnswer::Refused(error) => Err(CallError::Refused(error)),
         TargetAnswer::Status(_) => Err(unexpected()),

@@ -13,6 +13,7 @@ mod pidfd;
 mod reconcile;
 mod records;
 mod service;
+mod settings;
 mod shutdown;
 mod startup;
 mod stores;

@@ -159,6 +159,7 @@ mod tests {
     use std::time::Duration;
 
     use carrick_backing_store::{StoreId, VolumeSize};
+    use carrick_replicator::limits::Limits;
 
     use super::*;
     use crate::metadata::{AttachmentRecord, StoreRecord};
@@ -198,6 +199,7 @@ mod tests {
                 phase,
                 rebuild_rate: None,
                 config: None,
+                limits: Limits::default(),
             };
             self.state.volumes.insert(VOLUME, record);
             self

@@ -17,10 +17,11 @@ use tonic::{Request, Response, Status};
 
 use crate::context::Context;
 use crate::metadata::State;
+use crate::settings::Changes;
 use crate::stores::NewStore;
 use crate::view::View;
 use crate::volumes::{NewVolume, not_found, parse_name};
-use crate::{attach, shutdown, stores, survey, volumes};
+use crate::{attach, settings, shutdown, stores, survey, volumes};
 
 /// All services. Cheap to clone.
 #[derive(Clone)]
@@ -126,8 +127,9 @@ impl VolumeService for Services {
     }
 
     async fn set_volume(&self, request: Request<v1::SetVolumeRequest>) -> Result<Response<v1::SetVolumeResponse>, Status> {
-        let v1::SetVolumeRequest { name, rebuild_rate } = request.into_inner();
-        let id = self.change(move |context| async move { volumes::set(&context, &name, rebuild_rate).await }).await?;
+        let v1::SetVolumeRequest { name, rebuild_rate, iops, iops_burst, bandwidth, bandwidth_burst } = request.into_inner();
+        let changes = Changes { rebuild_rate, iops, iops_burst, bandwidth, bandwidth_burst };
+        let id = self.change(move |context| async move { settings::set(&context, &name, changes).await }).await?;
         let volume = self.look_at_volume(&self.context.state(), id).await?;
         Ok(Response::new(v1::SetVolumeResponse { volume: Some(volume) }))
     }

@@ -96,6 +96,10 @@ impl View<'_> {
             config_version: config.version.get(),
             created_unix: record.created_unix,
             rebuild_rate: record.rebuild_rate.map_or(0, |rate| rate.get()),
+            iops: record.limits.iops.map_or(0, |iops| iops.get()),
+            iops_burst: record.limits.iops_burst.map_or(0, |burst| burst.get()),
+            bandwidth: record.limits.bandwidth.map_or(0, |bandwidth| bandwidth.get()),
+            bandwidth_burst: record.limits.bandwidth_burst.map_or(0, |burst| burst.get()),
             state: state.into(),
             replicas: record.replicas.iter().map(replica).collect(),
             attachment: attachment.map(|attachment| attachment_message(attachment, target)),
@@ -255,6 +259,9 @@ fn attachment_message(record: &AttachmentRecord, target: Option<&Answer<TargetSt
         problem: None,
         copied_bytes: 0,
         repaired_reads: 0,
+        delayed_requests: 0,
+        delayed_micros: 0,
+        requests_delayed_now: 0,
     };
     match target {
         Some(Ok(status)) => {
@@ -265,6 +272,9 @@ fn attachment_message(record: &AttachmentRecord, target: Option<&Answer<TargetSt
             message.waiting_for.clone_from(&status.waiting_for);
             message.copied_bytes = status.copied.get();
             message.repaired_reads = status.repaired;
+            message.delayed_requests = status.delays.requests;
+            message.delayed_micros = status.delays.micros;
+            message.requests_delayed_now = status.delays.waiting;
         }
         Some(Err(why)) => message.problem = Some(format!("carrick-target {why}")),
         None => {}

@@ -1,4 +1,4 @@
-//! Creating, changing and deleting volumes.
+//! Creating and deleting volumes.
 //!
 //! **Order of a creation:** 1. the record, *creating*; 2. the replicas; 3. the record, *ready*; 4. the answer. A crash before
 //! 3 leaves a record that says where replicas may be: they are deleted, then the record. Nobody was told of the volume.
@@ -8,11 +8,11 @@
 //! anywhere is followed by the same steps again: deleting a replica twice changes nothing.
 
 use carrick_backing_store::size::HumanSize;
-use carrick_backing_store::{ByteLength, ReplicaSpec, StoreId, VolumeId, VolumeSize};
+use carrick_backing_store::{ReplicaSpec, StoreId, VolumeId, VolumeSize};
 use carrick_ctl::fault::{Fault, Reason};
 use carrick_ctl::name::VolumeName;
 use carrick_replicator::control::{ControlErrorCode, ReplicaRequest};
-use carrick_replicator::engine::COPY_RATE_MIN;
+use carrick_replicator::limits::Limits;
 
 use crate::attach;
 use crate::context::{Context, unix_now};
@@ -108,6 +108,7 @@ pub async fn create(context: &Context, new: NewVolume) -> Result<VolumeId, Fault
                 phase: VolumePhase::Creating,
                 rebuild_rate: None,
                 config: None,
+                limits: Limits::default(),
             };
             context.apply(Mutation::InsertVolume(record.clone())).await?;
             record
@@ -200,31 +201,6 @@ pub async fn delete(context: &Context, name: &str) -> Result<Vec<StoreId>, Fault
     let volume = set_phase(context, volume, VolumePhase::Deleting).await?;
     tracing::info!(volume = %name, id = %volume.id, "deleting");
     delete_replicas(context, volume).await
-}
-
-/// Changes what can be changed of a volume at any time. A target that runs takes it over at once; if it doesn't answer, with its next
-/// start. A rate of zero lifts the cap.
-pub async fn set(context: &Context, name: &str, rebuild_rate: Option<u64>) -> Result<VolumeId, Fault> {
-    let name = parse_name(name)?;
-    let _guard = context.locks.lock(&name).await;
-    let state = context.state();
-    let volume = state.volume_by_name(&name).ok_or_else(|| not_found(&name))?;
-    let Some(rate) = rebuild_rate else { return Ok(volume.id) };
-    let rate = (rate > 0).then_some(ByteLength::new(rate));
-    if rate.is_some_and(|rate| rate < COPY_RATE_MIN) {
-        let least = HumanSize(COPY_RATE_MIN.get());
-        let message =
-            format!("a rebuild rate of {} bytes a second is not possible: it is at least {least}, or none", rate.unwrap_or_default());
-        return Err(Fault::invalid("rebuild_rate", message));
-    }
-    let new = VolumeRecord { rebuild_rate: rate, ..volume.clone() };
-    context.apply(Mutation::ReplaceVolume { expected: volume.clone().into(), new: new.into() }).await?;
-    if state.attachments.contains_key(&volume.id)
-        && let Err(error) = control::set_rebuild_rate(&context.run.target_control(volume.id), rate).await
-    {
-        tracing::warn!(volume = %name, %error, "the rebuild rate counts from the target's next start on");
-    }
-    Ok(volume.id)
 }
 
 async fn undo_creation(context: &Context, volume: &VolumeRecord) -> Result<bool, Fault> {

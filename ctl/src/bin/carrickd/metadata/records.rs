@@ -10,6 +10,7 @@ use carrick_backing_store::{ByteLength, StoreId, Term, VolumeId, VolumeSize};
 use carrick_ctl::name::VolumeName;
 use carrick_replicator::control::VolumeConfig;
 use carrick_replicator::engine::ConfigVersion;
+use carrick_replicator::limits::Limits;
 use serde::{Deserialize, Serialize};
 
 /// Format of the records that this version writes.
@@ -56,6 +57,9 @@ pub struct VolumeRecord {
     /// Most bytes copied in a second to replicas that lack them. Volumes of before have no cap.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rebuild_rate: Option<ByteLength>,
+    /// Of its requests. Volumes of before have none.
+    #[serde(default, skip_serializing_if = "Limits::are_none")]
+    pub limits: Limits,
     /// Which replicas count; `None`: all, as when it was made. Changed by [`super::Mutation::SwapConfig`] alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<VolumeConfig>,

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 
 use carrick_backing_store::{ByteLength, Term};
 use carrick_replicator::engine::ConfigVersion;
+use carrick_replicator::limits::Limits;
 
 use super::*;
 
@@ -51,6 +52,7 @@ fn volume(number: u8, name: &str, stores: &[u8]) -> VolumeRecord {
         phase: VolumePhase::Ready,
         rebuild_rate: None,
         config: None,
+        limits: Limits::default(),
     }
 }
 
