@@ -1,5 +1,6 @@
-//! What replication must hold: replicas come back by themselves, with no more work than they missed.
+//! What replication must hold: replicas come back by themselves, with no more work than they missed; volumes keep to their limits.
 
+mod qos;
 mod resync;
 mod survivors;
 
@@ -42,6 +43,16 @@ pub fn items() -> Vec<Item> {
             name: "no-records",
             promise: "with carrickd away, writes that need a lost replica of two wait without an error, and go on when it is back",
             run: survivors::daemon_away,
+        },
+        Item {
+            name: "qos",
+            promise: "iops and bandwidth are kept to within 10 %, changed and lifted while fio runs; kills and detaching go on as without",
+            run: qos::limits,
+        },
+        Item {
+            name: "qos-neighbour",
+            promise: "a volume without limits isn't held back by one on the same stores whose requests wait for a low limit",
+            run: qos::neighbours,
         },
     ]
 }
