@@ -6,10 +6,12 @@ mod fio;
 mod first_volume;
 mod history;
 mod peer;
+mod probe;
 mod replicas;
 mod replication;
 mod report;
 mod site;
+mod small_disk;
 mod store;
 
 use std::process::ExitCode;

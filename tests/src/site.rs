@@ -24,6 +24,8 @@ const STORE_SIZE: &str = "512M";
 pub struct Site {
     folder: TempDir,
     daemon: Option<Child>,
+    /// Where `carrickd` finds what it starts.
+    bin_dir: PathBuf,
 }
 
 /// What a refused command said.
@@ -51,8 +53,13 @@ pub fn programs() -> anyhow::Result<PathBuf> {
 impl Site {
     /// A daemon without stores.
     pub fn start() -> anyhow::Result<Self> {
+        Self::start_with(programs()?)
+    }
+
+    /// The same, with the programs that it starts in this folder.
+    pub fn start_with(bin_dir: PathBuf) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("carrick-site-").tempdir()?;
-        let mut site = Self { folder, daemon: None };
+        let mut site = Self { folder, daemon: None, bin_dir };
         site.start_daemon()?;
         Ok(site)
     }
@@ -86,6 +93,8 @@ impl Site {
             .arg(self.path("run"))
             .arg("--state-dir")
             .arg(self.path("state"))
+            .arg("--bin-dir")
+            .arg(&self.bin_dir)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
@@ -135,6 +144,14 @@ impl Site {
                 Ok(refusal.message)
             }
         }
+    }
+
+    /// The id of the store in this place.
+    pub fn store_at(&self, path: &str) -> anyhow::Result<String> {
+        let status = self.carrick(&["status"])?;
+        let stores = status["stores"].as_array().context("no stores")?;
+        let found = stores.iter().find(|store| store["path"] == path).context("the store is not listed")?;
+        Ok(found["id"].as_str().context("a store without id")?.to_owned())
     }
 
     /// Attaches a volume; its device.

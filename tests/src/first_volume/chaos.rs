@@ -41,7 +41,7 @@ fn chaos(plan: &Plan, sector: &str) -> Found {
     // fio can't verify trims; the rest of the volume takes them, with every sector known.
     let history = History::start(&device, 64 << 20, 4 << 20, 8, sector.parse()?, plan.seed)?;
     let stop = site.path("stop-fio");
-    let mut fio = verifying_load(&device, sector, plan.seed, &stop)?;
+    let mut fio = verifying_load(&device, (sector, "1M"), plan.seed, &stop)?;
     let killed = kill_at_random(&mut site, &mut fio, &mut dice, kills).with_context(|| site.log_tail())?;
     // fio ends at its next look at the trigger file, after the verification of what is in its backlog.
     fs::write(&stop, "")?;
@@ -58,9 +58,10 @@ fn chaos(plan: &Plan, sector: &str) -> Found {
     ))
 }
 
-/// Requests of all sizes on the first 64 MiB of a device, everything read back and compared; ends soon after the file `stop` is there.
-pub fn verifying_load(device: &Path, sector: &str, seed: u64, stop: &Path) -> anyhow::Result<Fio> {
-    let (range, align) = (format!("--bsrange={sector}-1M"), format!("--blockalign={sector}"));
+/// Requests of all sizes between two on the first 64 MiB of a device, everything read back and compared; ends soon after the file
+/// `stop` is there.
+pub fn verifying_load(device: &Path, (least, most): (&str, &str), seed: u64, stop: &Path) -> anyhow::Result<Fio> {
+    let (range, align) = (format!("--bsrange={least}-{most}"), format!("--blockalign={least}"));
     let (seed, trigger) = (format!("--randseed={seed}"), format!("--trigger-file={}", path_text(stop)?));
     let options = [
         "--rw=randrw",

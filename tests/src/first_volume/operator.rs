@@ -1,7 +1,6 @@
 //! What an operator does and gets wrong.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, ensure};
@@ -11,6 +10,7 @@ use crate::disk::Disk;
 use crate::fio::Fio;
 use crate::report::Found;
 use crate::site::{SOON, Site, path_text, programs};
+use crate::small_disk::SmallDisk;
 
 /// Creating, listing and refusing.
 pub fn create(_: &Plan) -> Found {
@@ -61,12 +61,12 @@ pub fn stores(_: &Plan) -> Found {
     // A disk of 96 MiB takes a volume of 64 MiB, then is full for a second one. The store's space is taken at once.
     let small = site.path("small");
     fs::create_dir_all(&small)?;
-    let _disk = SmallDisk::mount(&small)?;
+    let _disk = SmallDisk::mount(&small, "96m")?;
     let format = ["format", path_text(&small)?, "--size", "88M", "--prewrite"];
     let formatted = Command::new(programs()?.join("carrick-replica")).args(format).output().context("formatting a store")?;
     ensure!(formatted.status.success(), "carrick-replica {format:?}: {formatted:?}");
     site.carrick(&["store", "add", path_text(&small)?])?;
-    let small_id = store_at(&site, &small)?;
+    let small_id = site.store_at(path_text(&small)?)?;
     site.carrick(&["volume", "create", "fits", "--size", "64M", "--replicas", "1", "--store", &small_id])?;
     let said_full = site.refused(&["volume", "create", "big", "--size", "64M", "--replicas", "1", "--store", &small_id], 6, "NO_SPACE")?;
     let device = site.attach("fits", &[])?;
@@ -80,30 +80,6 @@ pub fn stores(_: &Plan) -> Found {
     Ok(format!(
         "not ours: {said_foreign:?}; in use: {said_in_use:?}; full: {said_full:?}; a volume on a disk that others filled still takes every write"
     ))
-}
-
-/// A file system of 96 MiB.
-struct SmallDisk<'a>(&'a Path);
-
-impl<'a> SmallDisk<'a> {
-    fn mount(path: &'a Path) -> anyhow::Result<Self> {
-        let done = Command::new("mount").args(["-t", "tmpfs", "-o", "size=96m", "small"]).arg(path).status()?;
-        ensure!(done.success(), "mounting a small disk: {done}");
-        Ok(Self(path))
-    }
-}
-
-impl Drop for SmallDisk<'_> {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0).status();
-    }
-}
-
-fn store_at(site: &Site, path: &Path) -> anyhow::Result<String> {
-    let status = site.carrick(&["status"])?;
-    let stores = status["stores"].as_array().context("no stores")?;
-    let found = stores.iter().find(|store| store["path"].as_str() == path.to_str()).context("the store is not listed")?;
-    Ok(found["id"].as_str().context("a store without id")?.to_owned())
 }
 
 /// Detaching and deleting what is in use.

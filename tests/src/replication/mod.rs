@@ -1,6 +1,9 @@
 //! What replication must hold: replicas come back by themselves, with no more work than they missed; volumes keep to their limits.
 
-mod qos;
+mod link;
+mod network;
+mod nodes;
+mod partition;
 mod resync;
 mod survivors;
 
@@ -30,29 +33,29 @@ pub fn items() -> Vec<Item> {
             run: resync::interrupted_twice,
         },
         Item {
-            name: "down-to-one",
-            promise: "two of three replicas lost one after the other: the volume stays writable; both come back",
-            run: survivors::down_to_one,
+            name: "partition",
+            promise: "a node that the network loses, each in turn: longest request at most 3 s, then in sync again, nothing wrong in fio verify",
+            run: partition::one_node,
         },
         Item {
-            name: "no-split",
-            promise: "of two replicas, the one that lacks what was written last doesn't become the volume, and it says where the data is",
-            run: survivors::never_split,
+            name: "one-way",
+            promise: "the same when only what the target sends, or only what the replica answers, is lost",
+            run: partition::one_way,
         },
         Item {
-            name: "no-records",
-            promise: "with carrickd away, writes that need a lost replica of two wait without an error, and go on when it is back",
-            run: survivors::daemon_away,
+            name: "minority",
+            promise: "two nodes of three lost: requests wait without an error, and go on at most 10 s after healing",
+            run: partition::two_nodes,
         },
         Item {
-            name: "qos",
-            promise: "iops and bandwidth are kept to within 10 %, changed and lifted while fio runs; kills and detaching go on as without",
-            run: qos::limits,
+            name: "loss",
+            promise: "5 % of all packets lost: longest request at most 3 s, nothing wrong in fio verify",
+            run: link::loss,
         },
         Item {
-            name: "qos-neighbour",
-            promise: "a volume without limits isn't held back by one on the same stores whose requests wait for a low limit",
-            run: qos::neighbours,
+            name: "delay",
+            promise: "one replica's answers 200 ms late: p99 of reads and writes at most 150 ms, and it stays in sync",
+            run: link::delay,
         },
     ]
 }

@@ -30,7 +30,7 @@ pub fn kills(plan: &Plan) -> Found {
     site.carrick(&["volume", "create", "vm1", "--size", "64M", "--replicas", "1"])?;
     let device = site.attach("vm1", &[])?;
     let stop = site.path("stop-fio");
-    let mut fio = verifying_load(&device, "4096", plan.seed, &stop)?;
+    let mut fio = verifying_load(&device, ("4096", "1M"), plan.seed, &stop)?;
     let mut dice = Dice::new(plan.seed);
     let wanted = if plan.quick { 10 } else { 40 };
     let mut killed = 0;

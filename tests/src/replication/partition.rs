@@ -1,0 +1,154 @@
+//! Replicas on nodes of their own that the target doesn't reach for a while.
+
+use std::fs;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+
+use super::network::Way;
+use super::nodes::{Nodes, REPLICAS, VOLUME};
+use crate::fio::Fio;
+use crate::first_volume::chaos::{traffic, verifying_load};
+use crate::probe::Probe;
+use crate::replicas::identical;
+use crate::report::{Found, Plan};
+use crate::site::{SOON, wait_for};
+
+/// Bound of the promise.
+pub const STALL_MAX: Duration = Duration::from_secs(3);
+/// From healing on: to the first request, and to all replicas in sync. The target tries every 5 s at least.
+const GOES_ON_MAX: Duration = Duration::from_secs(10);
+const IN_SYNC_MAX: Duration = Duration::from_secs(30);
+/// A replica that can't be reached must be missed within this.
+const MISSED_MAX: Duration = Duration::from_secs(6);
+/// Blocks before this are fio's.
+const PROBED: u64 = (64 << 20) / 4096;
+const BOTH: [Way; 2] = [Way::ToReplica, Way::FromReplica];
+
+/// Nodes under load, every request of which is verified.
+pub struct Loaded {
+    pub nodes: Nodes,
+    pub probe: Probe,
+    pub fio: Fio,
+}
+
+impl Loaded {
+    pub fn new(plan: &Plan) -> anyhow::Result<Self> {
+        let nodes = Nodes::new()?;
+        let fio = verifying_load(&nodes.device, ("4k", "64k"), plan.seed, &nodes.site.path("stop-fio"))?;
+        let probe = Probe::start(&nodes.device, PROBED)?;
+        let loaded = Self { nodes, probe, fio };
+        loaded.wait_round().context("before anything was done to the network")?;
+        Ok(loaded)
+    }
+
+    /// Waits until a request was answered that was made from now on.
+    pub fn wait_round(&self) -> anyhow::Result<Duration> {
+        // The round under way, then one more.
+        let (begin, wanted) = (Instant::now(), self.probe.rounds()? + 2);
+        wait_for("the probe's requests to go on", SOON, || Ok((self.probe.rounds()? >= wanted).then_some(())))?;
+        Ok(begin.elapsed())
+    }
+
+    /// Ends the load, and compares everything; what to say of it.
+    pub fn end(self) -> anyhow::Result<String> {
+        let Self { nodes, probe, mut fio } = self;
+        ensure!(fio.is_running()?, "fio ended early: {:?}", fio.finish());
+        probe.finish()?;
+        fs::write(nodes.site.path("stop-fio"), "")?;
+        let said = fio.finish().with_context(|| nodes.site.log_tail())?;
+        nodes.wait_in_sync(SOON)?;
+        let sent = nodes.sent_mib(1)?;
+        nodes.site.detach(VOLUME)?;
+        let bytes = identical(&nodes.site, VOLUME)?;
+        Ok(format!("fio verify {}, {sent} MiB and more over each link; {bytes} bytes the same on all replicas", traffic(&said)))
+    }
+
+    /// One replica out of reach: I/O goes on. The longest request, and how long the replica took to be in sync again.
+    fn without_one(&self, node: usize, ways: &[Way], hold: Duration) -> anyhow::Result<(Duration, Duration)> {
+        self.wait_round()?;
+        self.probe.longest();
+        let begin = Instant::now();
+        self.nodes.network.cut(node, ways)?;
+        self.nodes.wait_missed(node, MISSED_MAX)?;
+        sleep(hold.saturating_sub(begin.elapsed()));
+        self.wait_round()?;
+        self.nodes.network.heal(node, ways)?;
+        let in_sync = self.nodes.wait_in_sync(IN_SYNC_MAX)?;
+        self.wait_round()?;
+        let longest = self.probe.longest();
+        ensure!(longest <= STALL_MAX, "a request took {longest:?} while {ways:?} of node {node} were cut, and after that");
+        Ok((longest, in_sync))
+    }
+}
+
+pub fn one_node(plan: &Plan) -> Found {
+    let hold = Duration::from_secs(if plan.quick { 3 } else { 6 });
+    let nodes = if plan.quick { 1 } else { REPLICAS };
+    let cuts: Vec<(usize, &[Way])> = (0..nodes).map(|node| (node, &BOTH[..])).collect();
+    without_each(plan, &cuts, hold)
+}
+
+pub fn one_way(plan: &Plan) -> Found {
+    let hold = Duration::from_secs(if plan.quick { 3 } else { 6 });
+    without_each(plan, &[(0, &[Way::ToReplica]), (1, &[Way::FromReplica])], hold)
+}
+
+fn without_each(plan: &Plan, cuts: &[(usize, &[Way])], hold: Duration) -> Found {
+    let loaded = Loaded::new(plan)?;
+    let (mut longest, mut slowest) = (Duration::ZERO, Duration::ZERO);
+    for (node, ways) in cuts {
+        let found = loaded.without_one(*node, ways, hold).with_context(|| loaded.nodes.site.log_tail())?;
+        (longest, slowest) = (longest.max(found.0), slowest.max(found.1));
+    }
+    let said = loaded.end()?;
+    Ok(format!(
+        "{} cuts of {} s: longest request {} ms of {}, in sync at most {:.1} s after healing (bound {}); {said}",
+        cuts.len(),
+        hold.as_secs(),
+        longest.as_millis(),
+        STALL_MAX.as_millis(),
+        slowest.as_secs_f32(),
+        IN_SYNC_MAX.as_secs(),
+    ))
+}
+
+pub fn two_nodes(plan: &Plan) -> Found {
+    let hold = Duration::from_secs(if plan.quick { 3 } else { 8 });
+    let pairs: &[[usize; 2]] = if plan.quick { &[[0, 1]] } else { &[[0, 1], [1, 2], [2, 0]] };
+    let loaded = Loaded::new(plan)?;
+    let mut slowest = Duration::ZERO;
+    for pair in pairs {
+        let went_on = without_two(&loaded, *pair, hold).with_context(|| loaded.nodes.site.log_tail())?;
+        slowest = slowest.max(went_on);
+    }
+    let said = loaded.end()?;
+    Ok(format!(
+        "{} cuts: no request answered in {} s, the next at most {:.1} s after healing (bound {}); {said}",
+        pairs.len(),
+        hold.as_secs(),
+        slowest.as_secs_f32(),
+        GOES_ON_MAX.as_secs(),
+    ))
+}
+
+/// Two replicas out of reach: I/O waits. How long after healing it went on.
+fn without_two(loaded: &Loaded, pair: [usize; 2], hold: Duration) -> anyhow::Result<Duration> {
+    let Loaded { nodes, probe, .. } = loaded;
+    loaded.wait_round()?;
+    pair.iter().try_for_each(|node| nodes.network.cut(*node, &BOTH))?;
+    pair.iter().try_for_each(|node| nodes.wait_missed(*node, MISSED_MAX).map(drop))?;
+    let waiting_for = nodes.show()?["attachment"]["waiting_for"].clone();
+    ensure!(waiting_for.is_string(), "without two replicas of three, `carrick volume show` says that I/O waits for {waiting_for}");
+    let before = probe.rounds()?;
+    sleep(hold);
+    let answered = probe.rounds()? - before;
+    ensure!(answered == 0, "{answered} rounds of requests were answered without a majority");
+    let begin = Instant::now();
+    pair.iter().try_for_each(|node| nodes.network.heal(*node, &BOTH))?;
+    wait_for("I/O to go on", GOES_ON_MAX, || Ok((probe.rounds()? > before).then_some(())))?;
+    let went_on = begin.elapsed();
+    nodes.wait_in_sync(IN_SYNC_MAX)?;
+    Ok(went_on)
+}
