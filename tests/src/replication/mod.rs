@@ -1,5 +1,8 @@
 //! What replication must hold: replicas come back by themselves, with no more work than they missed; volumes keep to their limits.
 
+mod damage;
+mod disk_faults;
+mod flakey;
 mod link;
 mod network;
 mod nodes;
@@ -61,6 +64,21 @@ pub fn items() -> Vec<Item> {
             name: "delay-reads",
             promise: "one replica's answers 200 ms late: p99 of reads at most 150 ms, and it stays in sync",
             run: link::delayed_reads,
+        },
+        Item {
+            name: "damage",
+            promise: "garbage written under a serving replica: never seen by fio verify, each piece repaired and counted, store clean afterwards",
+            run: damage::silent,
+        },
+        Item {
+            name: "power-cut",
+            promise: "a replica's disk that drops writes until its process is killed: nothing wrong in fio verify, all replicas the same",
+            run: disk_faults::power_cuts,
+        },
+        Item {
+            name: "full",
+            promise: "a full file system under one replica: longest request at most 3 s, no error; with room again it is in sync",
+            run: disk_faults::full,
         },
     ]
 }

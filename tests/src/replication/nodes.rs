@@ -18,7 +18,7 @@ use crate::site::{Site, path_text, programs, wait_for};
 pub const REPLICAS: usize = 3;
 pub const VOLUME: &str = "vm1";
 /// Of each store, and of the volume.
-const STORE_SIZE: &str = "512M";
+pub const STORE_BYTES: u64 = 512 << 20;
 const VOLUME_SIZE: &str = "96M";
 
 /// The nodes and their volume.
@@ -43,6 +43,7 @@ impl Nodes {
         let network = Network::new(REPLICAS)?;
         let scripts = tempfile::Builder::new().prefix("carrick-nodes-").tempdir()?;
         write_scripts(scripts.path(), &network)?;
+        let size = STORE_BYTES.to_string();
         let site = Site::start_with(scripts.path().to_owned())?;
         let mut stores = Vec::new();
         for node in 0..REPLICAS {
@@ -54,7 +55,7 @@ impl Nodes {
                 fs::create_dir_all(&path)?;
             }
             let (path, address) = (path_text(&path)?, network.listen_address(node));
-            site.carrick(&["store", "add", path, "--size", STORE_SIZE, "--listen", &address, "--insecure"])?;
+            site.carrick(&["store", "add", path, "--size", &size, "--listen", &address, "--insecure"])?;
             stores.push(site.store_at(path)?);
         }
         write_addresses(scripts.path(), &network, &stores)?;
@@ -73,6 +74,18 @@ impl Nodes {
         let replicas = shown["replicas"].as_array().context("no replicas")?;
         let found = replicas.iter().find(|replica| replica["store"] == self.stores[node]);
         found.cloned().with_context(|| format!("no replica on node {node}"))
+    }
+
+    /// The process of a node's replica.
+    pub fn replica_pid(&self, node: usize) -> anyhow::Result<i32> {
+        let found = self.site.processes()?.into_iter().find(|process| process.subject == self.stores[node]);
+        Ok(found.with_context(|| format!("no process on node {node}"))?.pid)
+    }
+
+    /// A number that is shown of the attachment.
+    pub fn counted(&self, name: &str) -> anyhow::Result<u64> {
+        let shown = self.show()?;
+        shown["attachment"][name].as_u64().with_context(|| format!("an attachment without {name}: {shown}"))
     }
 
     /// Waits until the target has noticed that it doesn't reach a node's replica; how long that took.

@@ -35,7 +35,10 @@ pub struct Loaded {
 
 impl Loaded {
     pub fn new(plan: &Plan) -> anyhow::Result<Self> {
-        let nodes = Nodes::new()?;
+        Self::on(plan, Nodes::new()?)
+    }
+
+    pub fn on(plan: &Plan, nodes: Nodes) -> anyhow::Result<Self> {
         let fio = verifying_load(&nodes.device, ("4k", "64k"), plan.seed, &nodes.site.path("stop-fio"))?;
         let probe = Probe::start(&nodes.device, PROBED)?;
         let loaded = Self { nodes, probe, fio };
@@ -53,6 +56,11 @@ impl Loaded {
 
     /// Ends the load, and compares everything; what to say of it.
     pub fn end(self) -> anyhow::Result<String> {
+        self.compare().map(|(said, _)| said)
+    }
+
+    /// The same; leaves the nodes without load.
+    pub fn compare(self) -> anyhow::Result<(String, Nodes)> {
         let Self { nodes, probe, mut fio } = self;
         ensure!(fio.is_running()?, "fio ended early: {:?}", fio.finish());
         probe.finish()?;
@@ -62,7 +70,8 @@ impl Loaded {
         let sent = nodes.sent_mib(1)?;
         nodes.site.detach(VOLUME)?;
         let bytes = identical(&nodes.site, VOLUME)?;
-        Ok(format!("fio verify {}, {sent} MiB and more over each link; {bytes} bytes the same on all replicas", traffic(&said)))
+        let said = format!("fio verify {}, {sent} MiB and more over each link; {bytes} bytes the same on all replicas", traffic(&said));
+        Ok((said, nodes))
     }
 
     /// One replica out of reach: I/O goes on. The longest request, and how long the replica took to be in sync again.

@@ -1,12 +1,12 @@
 //! What a store must hold: whatever happens to its process, its disk and its bytes.
 
-mod devices;
+pub mod devices;
 mod library;
 mod log_writes;
 mod numbered;
 mod power;
 mod process;
-mod program;
+pub mod program;
 mod start;
 
 use crate::report::Item;
