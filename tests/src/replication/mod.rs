@@ -47,8 +47,13 @@ pub fn items() -> Vec<Item> {
         },
         Item {
             name: "minority",
-            promise: "two nodes of three lost: requests wait without an error, and go on at most 10 s after healing",
-            run: partition::two_nodes,
+            promise: "two nodes of three lost, and all: requests wait without an error, and go on at most 10 s after healing",
+            run: partition::most_nodes,
+        },
+        Item {
+            name: "takeover",
+            promise: "the target killed while one node is lost: its successor serves at most 10 s later, nothing wrong in fio verify",
+            run: partition::takeover,
         },
         Item {
             name: "loss",

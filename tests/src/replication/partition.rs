@@ -5,6 +5,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use rustix::process::Signal;
 
 use super::network::Way;
 use super::nodes::{Nodes, REPLICAS, VOLUME};
@@ -13,7 +14,7 @@ use crate::first_volume::chaos::{traffic, verifying_load};
 use crate::probe::Probe;
 use crate::replicas::identical;
 use crate::report::{Found, Plan};
-use crate::site::{SOON, wait_for};
+use crate::site::{SOON, signal, wait_for};
 
 /// Bound of the promise.
 pub const STALL_MAX: Duration = Duration::from_secs(3);
@@ -123,41 +124,62 @@ fn without_each(plan: &Plan, cuts: &[(usize, &[Way])], hold: Duration) -> Found 
     ))
 }
 
-pub fn two_nodes(plan: &Plan) -> Found {
-    let hold = Duration::from_secs(if plan.quick { 3 } else { 8 });
-    let pairs: &[[usize; 2]] = if plan.quick { &[[0, 1]] } else { &[[0, 1], [1, 2], [2, 0]] };
+pub fn most_nodes(plan: &Plan) -> Found {
+    let hold = Duration::from_secs(if plan.quick { 3 } else { 6 });
+    let cuts: &[&[usize]] = if plan.quick { &[&[0, 1]] } else { &[&[0, 1], &[1, 2], &[2, 0], &[0, 1, 2]] };
     let loaded = Loaded::new(plan)?;
     let mut slowest = Duration::ZERO;
-    for pair in pairs {
-        let went_on = without_two(&loaded, *pair, hold).with_context(|| loaded.nodes.site.log_tail())?;
+    for nodes in cuts {
+        let went_on = without_most(&loaded, nodes, hold).with_context(|| loaded.nodes.site.log_tail())?;
         slowest = slowest.max(went_on);
     }
     let said = loaded.end()?;
     Ok(format!(
         "{} cuts: no request answered in {} s, the next at most {:.1} s after healing (bound {}); {said}",
-        pairs.len(),
+        cuts.len(),
         hold.as_secs(),
         slowest.as_secs_f32(),
         GOES_ON_MAX.as_secs(),
     ))
 }
 
-/// Two replicas out of reach: I/O waits. How long after healing it went on.
-fn without_two(loaded: &Loaded, pair: [usize; 2], hold: Duration) -> anyhow::Result<Duration> {
+/// Two replicas or more out of reach: I/O waits. How long after healing it went on.
+fn without_most(loaded: &Loaded, cut: &[usize], hold: Duration) -> anyhow::Result<Duration> {
     let Loaded { nodes, probe, .. } = loaded;
     loaded.wait_round()?;
-    pair.iter().try_for_each(|node| nodes.network.cut(*node, &BOTH))?;
-    pair.iter().try_for_each(|node| nodes.wait_missed(*node, MISSED_MAX).map(drop))?;
+    cut.iter().try_for_each(|node| nodes.network.cut(*node, &BOTH))?;
+    cut.iter().try_for_each(|node| nodes.wait_missed(*node, MISSED_MAX).map(drop))?;
     let waiting_for = nodes.show()?["attachment"]["waiting_for"].clone();
-    ensure!(waiting_for.is_string(), "without two replicas of three, `carrick volume show` says that I/O waits for {waiting_for}");
+    ensure!(waiting_for.is_string(), "without replicas {cut:?} of three, `carrick volume show` says that I/O waits for {waiting_for}");
     let before = probe.rounds()?;
     sleep(hold);
     let answered = probe.rounds()? - before;
     ensure!(answered == 0, "{answered} rounds of requests were answered without a majority");
     let begin = Instant::now();
-    pair.iter().try_for_each(|node| nodes.network.heal(*node, &BOTH))?;
+    cut.iter().try_for_each(|node| nodes.network.heal(*node, &BOTH))?;
     wait_for("I/O to go on", GOES_ON_MAX, || Ok((probe.rounds()? > before).then_some(())))?;
     let went_on = begin.elapsed();
     nodes.wait_in_sync(IN_SYNC_MAX)?;
     Ok(went_on)
+}
+
+/// The target is killed while it doesn't reach one replica, whose connection to it stays half open.
+pub fn takeover(plan: &Plan) -> Found {
+    let nodes = if plan.quick { 1 } else { REPLICAS };
+    let loaded = Loaded::new(plan)?;
+    let mut slowest = Duration::ZERO;
+    for node in 0..nodes {
+        loaded.wait_round()?;
+        loaded.nodes.network.cut(node, &BOTH)?;
+        let target = loaded.nodes.site.pids("target")?.first().copied().context("no target")?;
+        signal(target, Signal::KILL)?;
+        let went_on = loaded.wait_round().with_context(|| loaded.nodes.site.log_tail())?;
+        ensure!(went_on <= GOES_ON_MAX, "with node {node} lost, requests went on {went_on:?} after the target was killed");
+        slowest = slowest.max(went_on);
+        loaded.nodes.network.heal(node, &BOTH)?;
+        loaded.nodes.wait_in_sync(IN_SYNC_MAX)?;
+    }
+    let said = loaded.end()?;
+    let (slowest, bound) = (slowest.as_secs_f32(), GOES_ON_MAX.as_secs());
+    Ok(format!("{nodes} kills: requests went on at most {slowest:.1} s later (bound {bound}); {said}"))
 }
