@@ -12,7 +12,7 @@ use rustix::process::Signal;
 
 use super::flakey::Flakey;
 use super::nodes::{Nodes, STORE_BYTES};
-use super::partition::{Loaded, STALL_MAX};
+use super::partition::{COPY_LIMIT, Loaded, STALL_MAX};
 use crate::fio::Fio;
 use crate::report::{Found, Plan};
 use crate::site::{SOON, signal, wait_for};
@@ -39,7 +39,7 @@ pub fn power_cuts(plan: &Plan) -> Found {
         sleep(Duration::from_millis(500 + dice.below(1500)));
         let time = Duration::from_millis(100 + dice.below(1900));
         dropped += power_cut(&mut loaded.nodes, &disk, time)?;
-        loaded.nodes.wait_in_sync(SOON)?;
+        loaded.nodes.wait_in_sync(COPY_LIMIT)?;
     }
     loaded.wait_round()?;
     let (longest, copied) = (loaded.probe.longest(), loaded.nodes.counted("copied_bytes")?);
@@ -103,7 +103,7 @@ pub fn full(plan: &Plan) -> Found {
     let state = loaded.nodes.replica(0)?["state"].clone();
     ensure!(state != "in-sync", "the replica without room is {state}");
     fs::remove_file(&other)?;
-    let in_sync = loaded.nodes.wait_in_sync(SOON)?;
+    let in_sync = loaded.nodes.wait_in_sync(COPY_LIMIT)?;
     let (said, _nodes) = loaded.compare()?;
     Ok(format!(
         "missed after {:.1} s ({problem}); longest request {} ms of {}; with room again in sync after {:.1} s; {said}",

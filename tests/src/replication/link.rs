@@ -8,11 +8,10 @@ use serde_json::Value;
 
 use super::network::Way;
 use super::nodes::{Nodes, REPLICAS, VOLUME};
-use super::partition::{Loaded, STALL_MAX};
+use super::partition::{COPY_LIMIT, Loaded, STALL_MAX};
 use crate::fio::Fio;
 use crate::replicas::identical;
 use crate::report::{Found, Plan};
-use crate::site::SOON;
 
 const LOSS: &str = "5%";
 const BOTH: [Way; 2] = [Way::ToReplica, Way::FromReplica];
@@ -30,7 +29,7 @@ pub fn loss(plan: &Plan) -> Found {
     loaded.probe.longest();
     (0..REPLICAS).try_for_each(|node| loaded.nodes.network.impair(node, &BOTH, &["loss", LOSS]))?;
     sleep(Duration::from_secs(seconds));
-    loaded.wait_round().with_context(|| loaded.nodes.site.log_tail())?;
+    loaded.wait_round()?;
     let (longest, rounds) = (loaded.probe.longest(), loaded.probe.rounds()? - before);
     let lost = (0..REPLICAS).map(|node| loaded.nodes.network.lost(node)).sum::<anyhow::Result<u64>>()?;
     (0..REPLICAS).try_for_each(|node| loaded.nodes.network.heal(node, &BOTH))?;
@@ -66,7 +65,7 @@ fn delayed(plan: &Plan, way: &str) -> Found {
     ensure!(before.max(late) <= P99_MAX, "{said}; the bound is {} ms", P99_MAX.as_millis());
     ensure!(replica["state"] == "in-sync", "{said}, but the delayed replica was left behind: {replica}");
     nodes.network.heal(DELAYED, &[Way::FromReplica])?;
-    nodes.wait_in_sync(SOON)?;
+    nodes.wait_in_sync(COPY_LIMIT)?;
     nodes.site.detach(VOLUME)?;
     let bytes = identical(&nodes.site, VOLUME)?;
     Ok(format!("{said}, bound {} ms; {bytes} bytes the same on all replicas", P99_MAX.as_millis()))

