@@ -154,8 +154,6 @@ pub(super) struct Configs {
     unreachable: Option<(String, Monotonic)>,
     /// A change waits for members to be ready for it.
     pub(super) is_waiting: bool,
-    /// The epoch was raised for it.
-    raised: bool,
     /// When it was last looked at who is lost.
     looked_at: Monotonic,
 }
@@ -339,7 +337,7 @@ impl Engine {
         let back = |index: &MemberIndex| !record.members.contains(*index) && self.members[index.0].is_joined();
         let joined: MemberSet = self.member_indices().filter(back).collect();
         if kept.is_empty() || kept == record.members && joined.is_empty() {
-            (self.configs.is_waiting, self.configs.raised, self.configs.is_fresh) = (false, false, false);
+            (self.configs.is_waiting, self.configs.is_fresh) = (false, false);
             return;
         }
         let ready = |index: &MemberIndex| self.is_ready(&self.members[index.0]);
@@ -354,7 +352,7 @@ impl Engine {
             }
             return;
         }
-        (self.configs.is_waiting, self.configs.raised) = (false, false);
+        self.configs.is_waiting = false;
         self.propose(ConfigRecord { version: record.version.next(), members, term });
     }
 
@@ -383,12 +381,13 @@ impl Engine {
             if !member.is_joined() {
                 continue;
             }
-            needs_epoch |= before(member.epoch) < self.epochs.stable;
+            // Not if its answer is on the way.
+            needs_epoch |= before(member.epoch.max(member.epoch_told)) < self.epochs.stable;
             if member.durable < self.flushed && member.flush_sent < self.flushed {
                 self.send_flush(now, index);
             }
         }
-        if needs_epoch && !std::mem::replace(&mut self.configs.raised, true) {
+        if needs_epoch {
             self.raise_epoch(now);
         }
     }

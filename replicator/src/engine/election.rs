@@ -242,7 +242,7 @@ impl Engine {
             member.in_sync = false;
             member.left_at = None;
             member.copy = None;
-            (member.epoch, member.synced_told) = (Epoch::NEVER, Epoch::NEVER);
+            (member.epoch, member.epoch_told, member.synced_told) = (Epoch::NEVER, Epoch::NEVER, Epoch::NEVER);
             if matches!(
                 member.stage,
                 Stage::Promised(_)

@@ -90,6 +90,7 @@ impl Engine {
         let (offset, sequence) = (ByteOffset::new(u64::from(epoch.get())), Seq::new(u64::from(synced.get())));
         let header = Header { offset, sequence, ..self.header(Kind::RaiseEpoch) };
         let epoch = if counts { epoch } else { Epoch::NEVER };
+        self.members[index.0].epoch_told = self.members[index.0].epoch_told.max(epoch);
         self.request(now, index, Frame::new(header, Body::Empty), Outstanding::Epoch(epoch));
     }
 

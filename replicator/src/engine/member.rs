@@ -64,6 +64,8 @@ pub(super) struct Member {
     pub(super) durable: Seq,
     /// The last epoch before which it has everything, durably, once it is in sync.
     pub(super) epoch: Epoch,
+    /// The same, once it has answered what it was told.
+    pub(super) epoch_told: Epoch,
     /// What it was last told that it may remember as synced.
     pub(super) synced_told: Epoch,
     /// The last write sent on this connection.
@@ -96,6 +98,7 @@ impl Member {
             received: Seq::ZERO,
             durable: Seq::ZERO,
             epoch: Epoch::NEVER,
+            epoch_told: Epoch::NEVER,
             synced_told: Epoch::NEVER,
             sent: Seq::ZERO,
             flush_sent: Seq::ZERO,
@@ -167,7 +170,7 @@ impl Member {
         self.refused = refused;
         self.last_error = Some(reason);
         self.copy = None;
-        (self.epoch, self.synced_told) = (Epoch::NEVER, Epoch::NEVER);
+        (self.epoch, self.epoch_told, self.synced_told) = (Epoch::NEVER, Epoch::NEVER, Epoch::NEVER);
         self.reads = 0;
         self.answers = 0;
         self.pinged = false;

@@ -7,6 +7,7 @@ mod link;
 mod network;
 mod nodes;
 mod partition;
+mod qos;
 mod resync;
 mod survivors;
 
@@ -36,6 +37,31 @@ pub fn items() -> Vec<Item> {
             run: resync::interrupted_twice,
         },
         Item {
+            name: "down-to-one",
+            promise: "two of three replicas lost one after the other: the volume stays writable; both come back",
+            run: survivors::down_to_one,
+        },
+        Item {
+            name: "no-split",
+            promise: "of two replicas, the one that lacks what was written last doesn't become the volume, and it says where the data is",
+            run: survivors::never_split,
+        },
+        Item {
+            name: "no-records",
+            promise: "with carrickd away, writes that need a lost replica of two wait without an error, and go on when it is back",
+            run: survivors::daemon_away,
+        },
+        Item {
+            name: "qos",
+            promise: "iops and bandwidth are kept to within 10 %, changed and lifted while fio runs; kills and detaching go on as without",
+            run: qos::limits,
+        },
+        Item {
+            name: "qos-neighbour",
+            promise: "a volume without limits isn't held back by one on the same stores whose requests wait for a low limit",
+            run: qos::neighbours,
+        },
+        Item {
             name: "partition",
             promise: "a node that the network loses, each in turn: longest request at most 3 s, then in sync again, nothing wrong in fio verify",
             run: partition::one_node,
@@ -46,9 +72,14 @@ pub fn items() -> Vec<Item> {
             run: partition::one_way,
         },
         Item {
-            name: "minority",
-            promise: "two nodes of three lost, and all: requests wait without an error, and go on at most 10 s after healing",
-            run: partition::most_nodes,
+            name: "two-lost",
+            promise: "two nodes of three lost at once: the third goes on, longest request at most 5 s; both come back",
+            run: partition::two_nodes,
+        },
+        Item {
+            name: "all-lost",
+            promise: "all nodes lost: requests wait without an error, and go on at most 10 s after healing",
+            run: partition::all_nodes,
         },
         Item {
             name: "takeover",
