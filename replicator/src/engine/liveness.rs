@@ -122,7 +122,8 @@ impl Engine {
                 return;
             }
             self.read_times.pop_front();
-            let Some((member, Outstanding::Read { job })) = waiting.copied() else { continue };
+            let Some((member, Outstanding::Read { job, .. })) = waiting.copied() else { continue };
+            self.note_read_time(now, member, at);
             let others = self.member_indices().any(|index| index != member && self.members[index.0].is_joined());
             if others {
                 // It still owes the answer, which keeps further reads away from it.

@@ -74,6 +74,8 @@ pub(super) struct Member {
     pub(super) flush_sent: Seq,
     /// Reads that it owes.
     pub(super) reads: usize,
+    /// How long its answers to reads took lately; zero: not known.
+    pub(super) read_time: Duration,
     /// Other answers that it owes, acknowledgements aside.
     pub(super) answers: usize,
     /// When something was last heard from it, or when it came to owe something.
@@ -103,6 +105,7 @@ impl Member {
             sent: Seq::ZERO,
             flush_sent: Seq::ZERO,
             reads: 0,
+            read_time: Duration::ZERO,
             answers: 0,
             quiet_since: now,
             pinged: false,
@@ -171,7 +174,7 @@ impl Member {
         self.last_error = Some(reason);
         self.copy = None;
         (self.epoch, self.epoch_told, self.synced_told) = (Epoch::NEVER, Epoch::NEVER, Epoch::NEVER);
-        self.reads = 0;
+        (self.reads, self.read_time) = (0, Duration::ZERO);
         self.answers = 0;
         self.pinged = false;
         if self.in_sync && self.left_at.is_none() {

@@ -23,6 +23,7 @@ mod liveness;
 mod member;
 mod pace;
 mod range_lock;
+mod readers;
 mod requests;
 mod session;
 
@@ -39,6 +40,7 @@ use member::Member;
 pub use pace::COPY_RATE_MIN;
 use pace::Pace;
 use range_lock::RangeLock;
+use readers::Readers;
 use requests::{Job, JobId, Ongoing, Owner, Table, Waiter};
 
 use crate::control::MemberState;
@@ -86,6 +88,7 @@ enum Outstanding {
     Abandoned,
     Read {
         job: JobId,
+        asked: Monotonic,
     },
     CopyRead {
         destination: MemberIndex,
@@ -152,7 +155,7 @@ pub struct Engine {
     stall_deadline: Option<Monotonic>,
     /// The member that a read is being taken away from.
     slow_reader: Option<MemberIndex>,
-    next_reader: usize,
+    readers: Readers,
     repaired: u64,
     copied: ByteLength,
     pace: Pace,
@@ -199,7 +202,7 @@ impl Engine {
             stalled_copies: Vec::new(),
             stall_deadline: None,
             slow_reader: None,
-            next_reader: 0,
+            readers: Readers::default(),
             repaired: 0,
             copied: ByteLength::ZERO,
             pace: Pace::new(config.copy_rate, now),
@@ -316,25 +319,6 @@ impl Engine {
             *writes = member.takes_writes();
         }
         (0..self.members.len()).filter(move |index| writers[*index]).map(MemberIndex)
-    }
-
-    /// The member to read from: joined, not excluded (a bit each), with the least to do. None while no majority is joined:
-    /// another primary may have taken over then.
-    fn best_reader(&mut self, excluded: u8) -> Option<MemberIndex> {
-        if !self.is_majority(|_, member| member.is_joined()) {
-            return None;
-        }
-        let all = self.members.len();
-        let start = self.next_reader;
-        self.next_reader = (start + 1) % all;
-        let load = |index: &MemberIndex| {
-            let member = &self.members[index.0];
-            (self.slow_reader == Some(*index), member.reads as u64 + member.sent.get().saturating_sub(member.received.get()))
-        };
-        (0..all)
-            .map(|step| MemberIndex((start + step) % all))
-            .filter(|index| excluded & 1 << index.0 == 0 && self.members[index.0].is_joined())
-            .min_by_key(load)
     }
 
     /// Forgets the writes that nobody needs any more.

@@ -203,7 +203,7 @@ impl Engine {
         if let Some(member) = self.best_reader(damaged) {
             let header = self.header(Kind::Read);
             self.read_times.push_back((now, self.next_request));
-            self.request(now, member, Frame::range(header, extent), Outstanding::Read { job: id });
+            self.request(now, member, Frame::range(header, extent), Outstanding::Read { job: id, asked: now });
         } else if self.member_indices().all(|index| !self.members[index.0].in_sync || damaged & 1 << index.0 != 0) {
             self.finish_job(now, id, Err(RequestError::Damaged));
         } else {

@@ -50,7 +50,7 @@ impl Engine {
             self.outstanding.iter().filter(|(_, (member, _))| *member == index).map(|(request, _)| *request).collect();
         for request in lost {
             match self.outstanding.remove(&request) {
-                Some((_, Outstanding::Read { job })) => self.read(now, job),
+                Some((_, Outstanding::Read { job, .. })) => self.read(now, job),
                 Some((_, Outstanding::CopyRead { destination, chunk, tried })) => {
                     self.on_copy_read_failed(now, index, destination, chunk, tried);
                 }
@@ -120,7 +120,10 @@ impl Engine {
         let settled = if header.kind == Kind::Ack { None } else { self.settle(index, header.request) };
         match (header.kind, settled) {
             (Kind::Pong, Some(Outstanding::Ping)) => self.members[index.0].pinged = false,
-            (Kind::ReadAnswer, Some(Outstanding::Read { job })) => self.on_read(now, job, frame),
+            (Kind::ReadAnswer, Some(Outstanding::Read { job, asked })) => {
+                self.note_read_time(now, index, asked);
+                self.on_read(now, job, frame);
+            }
             (Kind::ReadAnswer, Some(Outstanding::CopyRead { destination, chunk, .. })) => {
                 self.on_copy_read(now, destination, chunk, frame);
             }
@@ -253,7 +256,7 @@ impl Engine {
         let settled = self.settle(index, header.request);
         match (error.code, settled) {
             (ErrorCode::StaleTerm, _) if self.term.is_some_and(|term| header.term > term) => self.supersede(header.term),
-            (ErrorCode::Corrupt | ErrorCode::Io, Some(Outstanding::Read { job })) => {
+            (ErrorCode::Corrupt | ErrorCode::Io, Some(Outstanding::Read { job, .. })) => {
                 self.members[index.0].last_error = Some(error.text.clone());
                 self.on_damaged_read(now, index, job);
             }
