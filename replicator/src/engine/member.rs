@@ -135,6 +135,11 @@ impl Member {
         matches!(self.stage, Stage::Down { .. })
     }
 
+    /// Whether it has said how it stands. A stopped process takes connections, and says nothing.
+    pub(super) fn has_answered(&self) -> bool {
+        !matches!(self.stage, Stage::Down { .. } | Stage::Connecting | Stage::Greeting | Stage::Inquiring)
+    }
+
     /// Whether it owes an answer of any kind.
     pub(super) fn owes(&self) -> bool {
         self.answers > 0

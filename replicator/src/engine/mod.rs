@@ -284,7 +284,7 @@ impl Engine {
                 Some(self.config_trouble().unwrap_or_else(|| "the metadata store is asked which replicas count".to_owned()))
             }
             Phase::Electing { .. } | Phase::Gathering { .. } => self.note.clone().or_else(|| {
-                let answering = count(|member| !member.is_down());
+                let answering = count(Member::has_answered);
                 Some(format!("{answering} of the {all} replicas that count answer, the promises of {majority} are needed{}", self.absent()))
             }),
             Phase::Taking | Phase::Comparing | Phase::Reconciling => Some("replicas are being brought to the same content".to_owned()),
@@ -295,8 +295,9 @@ impl Engine {
     /// Whom it waits for, if others that don't count answer.
     fn absent(&self) -> String {
         let voters = self.voters();
-        let stale = self.member_indices().any(|index| !voters.contains(index) && !self.members[index.0].is_down());
-        let absent: Vec<&str> = voters.iter().filter(|index| self.members[index.0].is_down()).map(|index| self.label(index)).collect();
+        let stale = self.member_indices().any(|index| !voters.contains(index) && self.members[index.0].has_answered());
+        let absent: Vec<&str> =
+            voters.iter().filter(|index| !self.members[index.0].has_answered()).map(|index| self.label(index)).collect();
         if !stale || absent.is_empty() {
             return String::new();
         }

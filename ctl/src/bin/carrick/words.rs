@@ -393,7 +393,7 @@ mod tests {
         }
         let free = Volume { iops: 0, bandwidth: 0, attachment: Some(Attachment::default()), ..shown.clone() };
         let text_of_free = volume(&free);
-        assert!(!text_of_free.contains("delayed") && !text_of_free.contains("at once"), "{text_of_free}");
+        assert!(!text_of_free.contains("delayed") && !text_of_free.contains("after a pause"), "{text_of_free}");
         assert!(text.contains("REPLICA IN  STORE     STATE         LAST ERROR\n/srv/a      01234567  in sync\n"), "{text}");
         assert_eq!(replica_state(&replica(ReplicaState::Copying, Some((0, 0)))), "copying");
         assert_eq!(replica_state(&replica(ReplicaState::Copying, Some((u64::MAX, u64::MAX)))), "copying 100 %");
