@@ -105,6 +105,8 @@ struct Machine {
     operations: usize,
     /// `None` while the process is dead.
     service: Option<ReplicaService>,
+    /// Nobody starts it before.
+    away_until: Micros,
     /// Stopped by a signal: events wait here.
     stopped: Option<Vec<Event>>,
     connections: BTreeSet<ConnectionId>,
@@ -163,6 +165,7 @@ impl World {
                 alarm: None,
                 operations: 0,
                 service: None,
+                away_until: 0,
                 stopped: None,
                 connections: BTreeSet::new(),
                 rotten: false,

@@ -8,7 +8,7 @@ use carrick_replicator::engine::{Engine, EngineConfig, RequestTag};
 use carrick_replicator::replica::{ConnectionId, ReplicaService};
 
 use super::client::Pending;
-use super::network::Slow;
+use super::network::{SLOWS_DOWN, Slow};
 use super::{Event, MILLISECOND, Micros, SECOND, World};
 use crate::machine_store::{BLOCKS, size, volume};
 
@@ -78,6 +78,11 @@ impl World {
         if machine.service.is_some() {
             return Ok(());
         }
+        if self.faults && self.now < machine.away_until {
+            let at = machine.away_until;
+            self.schedule(at, Event::StartReplica(index));
+            return Ok(());
+        }
         let found = machine.store.open().map_err(|reason| format!("replica {index} can't start: {reason}"))?;
         machine.opening += 1;
         machine.service = Some(ReplicaService::new(machine.store.id(), found));
@@ -97,7 +102,7 @@ impl World {
         self.joined.fill(false);
         // Small, so that replicas fall behind, and lack only a part.
         let config = EngineConfig {
-            backlog_bytes: 256 << 10,
+            backlog_bytes: if self.fault_kinds.contains(&FaultKind::LastOne) { 64 << 20 } else { 256 << 10 },
             epoch_bytes: 1 << (12 + self.dice.skewed(8)),
             epoch_time: Duration::from_micros(1 + self.dice.skewed(2 * SECOND)),
             changes_config: true,
@@ -206,13 +211,16 @@ impl World {
             return;
         }
         self.note(format!("replica {index} hears the target later and later"));
-        let begin = self.now + 2 * SECOND + self.dice.below(3 * SECOND);
+        let begin = self.now + SLOWS_DOWN + self.dice.below(SECOND);
         self.slow = Some(Slow { replica: index, since: self.now, until: begin + self.dice.skewed(8 * SECOND) });
         for other in (0..self.machines.len()).filter(|other| *other != index) {
             let at = begin + self.dice.skewed(200 * MILLISECOND);
             self.schedule(at, Event::Kill(other));
+            // Mostly they are away for so long that they no longer count.
+            let absence = SECOND + self.dice.below(5 * SECOND);
+            self.machines[other].away_until = at + absence;
         }
-        let end = begin + SECOND + self.dice.below(2 * SECOND);
+        let end = begin + 1_400 * MILLISECOND + self.dice.skewed(2 * SECOND);
         self.schedule(end, Event::EndTarget(self.incarnation));
     }
 

@@ -27,6 +27,8 @@ pub(super) struct Slow {
 
 /// The longest way that anything has: short of what makes a replica too slow.
 const SLOWEST: Micros = 1_900 * MILLISECOND;
+/// After so long it is as slow as that: not at once, or it would be missed.
+pub(super) const SLOWS_DOWN: Micros = 2 * SLOWEST;
 
 impl World {
     /// Which member the connection belongs to, if it is the current target's current one.
@@ -84,7 +86,6 @@ impl World {
         let now = self.now;
         let slow = self.slow.filter(|slow| to_replica && self.faults && now < slow.until);
         let Some(state) = self.connections.get_mut(&connection).filter(|state| !(to_replica && state.cut)) else { return };
-        // Not at once, or it would be missed.
         let late = slow.filter(|slow| slow.replica == state.replica).map_or(0, |slow| ((now - slow.since) / 2).min(SLOWEST));
         let delay = delay + late;
         let last = if to_replica { &mut state.to_replica } else { &mut state.to_target };
