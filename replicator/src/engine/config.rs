@@ -16,7 +16,6 @@ use carrick_backing_store::{Seq, Term};
 use serde::{Deserialize, Serialize};
 
 use super::epochs::before;
-use super::liveness::LAG_MAX;
 use super::member::{Member, Stage};
 use super::{Action, Engine, MEMBERS_MAX, MemberIndex, Phase};
 use crate::time::Monotonic;
@@ -128,7 +127,7 @@ pub enum ConfigRequest {
 }
 
 impl ConfigRequest {
-    /// What a metadata store does with it: the one place where that is decided.
+    /// What a metadata store does with it.
     pub fn apply(self, record: &mut ConfigRecord) -> ConfigRecord {
         match self {
             Self::Swap(next) if record.version.next() == next.version => *record = next,
@@ -231,13 +230,8 @@ impl Engine {
         if !self.config.changes_config || !self.is_serving() || self.configs.proposed.is_some() || self.voters().count() < 2 {
             return None;
         }
-        let lost_at = |index: MemberIndex| {
-            let member = &self.members[index.0];
-            let away = member.left_at.map(|at| at + self.config.replica_timeout);
-            let lag = self.lag_since(member.received).map(|since| since + LAG_MAX);
-            away.into_iter().chain(lag).filter(|at| *at > self.configs.looked_at).min()
-        };
-        self.voters().iter().filter(|index| self.members[index.0].in_sync).filter_map(lost_at).min()
+        let missed = self.voters().iter().flat_map(|index| self.missed_at(index)).flatten();
+        missed.filter(|at| *at > self.configs.looked_at).min()
     }
 
     /// Time has passed, or an answer has come.
@@ -358,10 +352,7 @@ impl Engine {
 
     /// Whether it should no longer be waited for.
     fn is_lost(&self, now: Monotonic, index: MemberIndex) -> bool {
-        let member = &self.members[index.0];
-        let away = member.left_at.is_some_and(|at| now >= at + self.config.replica_timeout);
-        let lags = self.lag_since(member.received).is_some_and(|since| now >= since + LAG_MAX);
-        !member.in_sync || away || lags
+        !self.members[index.0].in_sync || self.missed_at(index).into_iter().flatten().any(|at| now >= at)
     }
 
     /// Whether it may be in the next config: it has everything that must not be lost.

@@ -326,8 +326,7 @@ impl Engine {
     /// joined member has, this one has not, and no other member is being copied, so that what is left of others' content stays.
     pub(super) fn may_destroy(&self, index: MemberIndex) -> bool {
         let Some(status) = self.members[index.0].promised() else { return false };
-        let holds = |member: &Member| member.in_sync && member.received >= self.acknowledged;
-        if self.is_majority(|other, member| other != index && holds(member)) {
+        if self.is_held_without(index) {
             return true;
         }
         let here = Some(status.log_term) == self.term && status.content != Content::Rebuilding;

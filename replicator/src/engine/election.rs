@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use carrick_backing_store::{Content, Epoch, LoggedExtents, Seq, Term};
+use carrick_backing_store::{Content, LoggedExtents, Seq, Term};
 
 use super::config::MemberSet;
 use super::copy::Copy;
@@ -242,7 +242,7 @@ impl Engine {
             member.in_sync = false;
             member.left_at = None;
             member.copy = None;
-            (member.epoch, member.epoch_told, member.synced_told) = (Epoch::NEVER, Epoch::NEVER, Epoch::NEVER);
+            member.forget_epochs();
             if matches!(
                 member.stage,
                 Stage::Promised(_)

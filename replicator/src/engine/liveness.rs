@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use carrick_backing_store::Seq;
-
 use super::member::{Member, Stage};
 use super::{Engine, MemberIndex, Outstanding};
 use crate::time::Monotonic;
@@ -15,7 +13,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Members due within this time are asked together, so that one wakeup serves all.
 const KEEP_ALIVE_SLACK: Duration = Duration::from_secs(1);
 /// A write that a member has not received for this long makes it behind, whatever else it answers (I7).
-pub(super) const LAG_MAX: Duration = Duration::from_secs(2);
+const LAG_MAX: Duration = Duration::from_secs(2);
 /// How often reads and chunks that found no source are tried, besides at every return of a member.
 const STALL_RETRY: Duration = Duration::from_millis(250);
 
@@ -56,9 +54,8 @@ impl Engine {
                 Stage::Joined => Some(member.quiet_since + KEEP_ALIVE),
                 _ => None,
             };
-            let leave = member.left_at.filter(|_| self.may_leave_behind(index)).map(|at| at + timeout);
-            let lag = member.in_sync.then(|| self.lag_since(member.received)).flatten().map(|since| since + LAG_MAX);
-            [own, leave, lag.filter(|_| self.may_leave_behind(index))]
+            let missed = self.missed_at(index).map(|at| at.filter(|_| self.may_leave_behind(index)));
+            [own, missed[0], missed[1]]
         });
         let read = self.read_times.front().map(|(at, _)| *at + self.config.replica_timeout);
         members
@@ -139,23 +136,31 @@ impl Engine {
         }
     }
 
-    /// Since when the oldest write that a member lacks is in the backlog.
-    pub(super) fn lag_since(&self, received: Seq) -> Option<Monotonic> {
-        self.backlog.get(received.next()).map(|entry| entry.since)
+    /// From when on a member in sync is away for too long, and from when on it is too slow (I7).
+    pub(super) fn missed_at(&self, index: MemberIndex) -> [Option<Monotonic>; 2] {
+        let member = &self.members[index.0];
+        if !member.in_sync {
+            return [None, None];
+        }
+        // The oldest write that it lacks.
+        let lacks = self.backlog.get(member.received.next()).map(|entry| entry.since);
+        [member.left_at.map(|at| at + self.config.replica_timeout), lacks.map(|since| since + LAG_MAX)]
     }
 
     /// Whether a majority without this member has all that was acknowledged.
-    fn may_leave_behind(&self, index: MemberIndex) -> bool {
+    pub(super) fn is_held_without(&self, index: MemberIndex) -> bool {
         let holds = |member: &Member| member.in_sync && member.received >= self.acknowledged;
-        self.members[index.0].in_sync && self.is_majority(|other, member| other != index && holds(member))
+        self.is_majority(|other, member| other != index && holds(member))
+    }
+
+    fn may_leave_behind(&self, index: MemberIndex) -> bool {
+        self.members[index.0].in_sync && self.is_held_without(index)
     }
 
     /// Takes members out of the count that were away or slow for too long (I7). They will be copied.
     fn leave_laggards_behind(&mut self, now: Monotonic) {
         for index in self.member_indices() {
-            let member = &self.members[index.0];
-            let away = member.left_at.is_some_and(|at| now >= at + self.config.replica_timeout);
-            let lagging = self.lag_since(member.received).is_some_and(|since| now >= since + LAG_MAX);
+            let [away, lagging] = self.missed_at(index).map(|at| at.is_some_and(|at| now >= at));
             if (away || lagging) && self.may_leave_behind(index) {
                 self.leave_behind(now, index, if away { "it was away too long" } else { "it was too slow" });
             }

@@ -178,13 +178,18 @@ impl Member {
         self.refused = refused;
         self.last_error = Some(reason);
         self.copy = None;
-        (self.epoch, self.epoch_told, self.synced_told) = (Epoch::NEVER, Epoch::NEVER, Epoch::NEVER);
+        self.forget_epochs();
         (self.reads, self.read_time) = (0, Duration::ZERO);
         self.answers = 0;
         self.pinged = false;
         if self.in_sync && self.left_at.is_none() {
             self.left_at = Some(now);
         }
+    }
+
+    /// What it was told, and answered, of epochs counts no longer.
+    pub(super) fn forget_epochs(&mut self) {
+        (self.epoch, self.epoch_told, self.synced_told) = (Epoch::NEVER, Epoch::NEVER, Epoch::NEVER);
     }
 
     /// It takes part again.

@@ -131,7 +131,7 @@ async fn all_rules_hold(metadata: &dyn MetadataStore) {
 }
 
 async fn all_rules_of_configs_hold(metadata: &dyn MetadataStore) {
-    apply_new(metadata, volume(9, "two", &[2, 3])).await;
+    metadata.apply(Mutation::InsertVolume(volume(9, "two", &[2, 3]))).await.unwrap();
     let of = |version: u64, members: &[u8], term: u64| VolumeConfig {
         version: ConfigVersion::new(version),
         members: members.iter().map(|number| StoreId::from_bytes([*number; 16])).collect(),
@@ -159,10 +159,6 @@ async fn all_rules_of_configs_hold(metadata: &dyn MetadataStore) {
     metadata.apply(Mutation::ReplaceVolume { expected: before.into(), new: after.into() }).await.unwrap();
     assert_eq!(now(), of(3, &[3], 7));
     metadata.apply(Mutation::RemoveVolume(VolumeId::from_bytes([9; 16]))).await.unwrap();
-}
-
-async fn apply_new(metadata: &dyn MetadataStore, record: VolumeRecord) {
-    metadata.apply(Mutation::InsertVolume(record)).await.unwrap();
 }
 
 #[tokio::test]
