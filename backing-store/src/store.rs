@@ -560,7 +560,7 @@ pub enum StoreError {
         known: u32,
     },
     /// A structure of the store fails its own checksum.
-    #[error("{path} is damaged: {reason}; delete this replica and let it be rebuilt from the others")]
+    #[error("{path} is damaged: {reason}; nothing in it is served. Let its replicas be rebuilt from the others, in another store")]
     Damaged {
         /// Where.
         path: PathBuf,

@@ -247,23 +247,28 @@ fn look(disk: &SimulatedDisk) -> Option<Map> {
 }
 
 fn change(mut store: Map, disk: &SimulatedDisk, dice: &mut Dice) {
+    let mut submitted = 0;
+    let mut submit = |store: &mut Map, id, token, operation| {
+        store.submit(id, Token(token), operation);
+        submitted += 1;
+    };
     for opened in store.replicas() {
         let (id, blocks) = (opened.spec.volume, opened.spec.size.blocks().min(1024));
         for step in 0..8 {
             let count = (1 + dice.below(16)).min(blocks);
             let first = dice.below(blocks - count + 1);
-            store.submit(id, Token(4), write(id, None, 1 + step, first, count));
+            submit(&mut store, id, 4, write(id, None, 1 + step, first, count));
         }
-        store.submit(id, Token(5), Operation::WriteZeroes { seq: None, extent: extent(0, blocks.min(300)) });
-        store.submit(id, Token(6), Operation::Snapshot { snapshot: snapshot(99) });
-        store.submit(id, Token(4), write(id, None, 9, 0, 1));
-        store.submit(id, Token(7), Operation::Sync);
+        submit(&mut store, id, 5, Operation::WriteZeroes { seq: None, extent: extent(0, blocks.min(300)) });
+        submit(&mut store, id, 6, Operation::Snapshot { snapshot: snapshot(99) });
+        submit(&mut store, id, 4, write(id, None, 9, 0, 1));
+        submit(&mut store, id, 7, Operation::Sync);
         for kept in store.snapshots(id).unwrap() {
-            store.submit(id, Token(8), Operation::DeleteSnapshot { snapshot: kept.id });
+            submit(&mut store, id, 8, Operation::DeleteSnapshot { snapshot: kept.id });
         }
-        store.submit(id, Token(8), Operation::Revert { snapshot: snapshot(99) });
+        submit(&mut store, id, 8, Operation::Revert { snapshot: snapshot(99) });
     }
-    reap(&mut store, disk, 100);
+    assert_eq!(reap(&mut store, disk, 100), submitted, "not every operation has ended");
     let _ = store.create(ReplicaSpec { volume: volume(77), size: size(100) });
     for opened in store.replicas() {
         let _ = store.delete(opened.spec.volume);

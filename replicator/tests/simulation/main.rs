@@ -4,7 +4,8 @@
 //!
 //! * `cargo test --release -p carrick-replicator --test simulation` runs new seeds for a fixed time, and all seeds that once failed.
 //!   At its end it tells what happened in them.
-//! * `CARRICK_SIM_SECONDS=3600` makes it a soak. `CARRICK_SIM_SEED=N` replays one run, and tells all that happened in it, whether it
+//! * `CARRICK_SIM_SECONDS=3600` makes it a soak; `CARRICK_SIM_SEEDS=N` makes it N schedules, however long they take; `tests/soak` does
+//!   this on all processors. `CARRICK_SIM_SEED=N` replays one run, and tells all that happened in it, whether it
 //!   fails or not. `CARRICK_SIM_STORE=memory` or `map` gives all replicas this kind of store.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that finds no value has found a failure")]
@@ -88,14 +89,18 @@ fn random_schedules_lose_nothing() {
         run(plan(seed, usize::MAX), true);
         return;
     }
-    let limit = Duration::from_secs(variable("CARRICK_SIM_SECONDS").unwrap_or(SECONDS_DEFAULT));
+    let seconds = variable("CARRICK_SIM_SECONDS").unwrap_or(SECONDS_DEFAULT);
+    let (seeds, limit) = match variable("CARRICK_SIM_SEEDS") {
+        Some(seeds) => (seeds, Duration::MAX),
+        None => (u64::MAX, Duration::from_secs(seconds)),
+    };
     let first = variable("CARRICK_SIM_FIRST").unwrap_or_else(|| {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
         u64::try_from(now.as_micros()).unwrap()
     });
     let begin = Instant::now();
     let mut seen: BTreeMap<StoreKind, (Coverage, Duration)> = BTreeMap::new();
-    for seed in first.. {
+    for seed in first..first.saturating_add(seeds) {
         if begin.elapsed() >= limit {
             break;
         }

@@ -69,7 +69,7 @@ fn in_words(report: &CheckReport, data: bool) -> String {
     } else {
         let _ = writeln!(text, "the data itself was not read; --data does that");
     }
-    let verdict = if report.is_clean() { "clean" } else { "DAMAGED: delete its replicas, and let them be rebuilt from the others" };
+    let verdict = if report.is_clean() { "clean" } else { "DAMAGED: what is named above has to come from other replicas" };
     let _ = writeln!(text, "{verdict}");
     text
 }
