@@ -45,7 +45,7 @@ fn plan(seed: u64, log_lines: usize) -> Plan {
         Err(_) => StoreKind::Memory,
     };
     let rot = replicas >= 3 && seed.is_multiple_of(5);
-    Plan { seed, replicas, requests: 200 + seed % 300, rot, dense: seed % 7 < 3, store, log_lines }
+    Plan { seed, replicas, requests: 200 + seed % 300, rot, dense: seed % 7 < 3, pauses: seed % 4 < 3, store, log_lines }
 }
 
 /// Tells something, whether the test fails or not.

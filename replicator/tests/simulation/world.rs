@@ -8,6 +8,7 @@
 
 mod client;
 mod faults;
+mod last_one;
 mod network;
 mod records;
 
@@ -27,7 +28,8 @@ use crate::coverage::Coverage;
 use crate::machine_store::{MachineStore, StoreKind, machine_store};
 use client::Pending;
 use faults::{Calm, FaultKind, choose_faults};
-use network::{Connection, Slow};
+use last_one::LastOne;
+use network::Connection;
 
 /// Microseconds of virtual time.
 pub type Micros = u64;
@@ -57,6 +59,8 @@ pub struct Plan {
     pub rot: bool,
     /// Faults come one upon the other.
     pub dense: bool,
+    /// The client rests now and then: else all is over before anything slow can happen.
+    pub pauses: bool,
     pub store: StoreKind,
     /// What happened longest ago is forgotten beyond so many lines.
     pub log_lines: usize,
@@ -91,6 +95,8 @@ enum Event {
     EndTarget(u64),
     Timer(u64),
     Fault,
+    /// The client has rested.
+    Rested,
 }
 
 struct Machine {
@@ -128,7 +134,7 @@ pub struct World {
     /// What the metadata store has, and until when it can't be reached.
     record: ConfigRecord,
     records_away: Micros,
-    slow: Option<Slow>,
+    last_one: Option<LastOne>,
     /// The current connection to each member.
     links: Vec<Option<ConnectionId>>,
     timer: Option<Micros>,
@@ -138,6 +144,8 @@ pub struct World {
     completed: u64,
     /// When a request was completed last.
     progress_at: Micros,
+    /// Until when the client asks for nothing new.
+    pause_until: Micros,
     checker: Checker,
     pool: BufferPool,
     faults: bool,
@@ -183,7 +191,7 @@ impl World {
             incarnation: 0,
             record: ConfigRecord::first(plan.replicas),
             records_away: 0,
-            slow: None,
+            last_one: None,
             links: vec![None; plan.replicas],
             timer: None,
             timer_number: 0,
@@ -191,6 +199,7 @@ impl World {
             next_tag: 0,
             completed: 0,
             progress_at: 0,
+            pause_until: 0,
             checker: Checker::default(),
             pool: BufferPool::new(1 << 20),
             faults: true,
@@ -397,7 +406,6 @@ impl World {
                     machine.store.complete_one(&mut self.dice);
                 }
             }
-            // It looks in a moment, as after every event.
             Event::Alarm(index) => self.machines[index].alarm = None,
             Event::StartReplica(index) => self.start_replica(index)?,
             Event::Replace(index) => drop(self.kill_replica(index, PowerLoss::No)),
@@ -423,6 +431,8 @@ impl World {
                 }
             }
             Event::Fault => self.fault(),
+            // It looks in a moment, as after every event.
+            Event::Rested => {}
             Event::ConfigAsked(asker, request) => self.on_config_asked(asker, request),
             Event::ConfigAnswered(asker, answer) => {
                 if let Some(engine) = self.engine.as_mut().filter(|_| asker == self.incarnation) {
@@ -548,7 +558,7 @@ impl World {
         let (ready, opening) = (machine.store.ready(), machine.opening);
         while self.machines[index].completions_due < ready {
             self.machines[index].completions_due += 1;
-            let delay = self.dice.skewed(3 * MILLISECOND);
+            let delay = self.dice.skewed(3 * MILLISECOND) + self.disk_delay(index);
             self.schedule(self.now + delay, Event::Complete(index, opening));
         }
         let machine = &mut self.machines[index];

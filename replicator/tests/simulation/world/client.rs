@@ -3,12 +3,15 @@
 use carrick_backing_store::{ByteLength, ByteOffset, Extent};
 use carrick_replicator::engine::{ReadBytes, Request, RequestError, RequestTag, Response};
 
-use super::World;
+use super::{Event, MILLISECOND, Micros, World};
 use crate::checker::{SECTOR, sector_bytes};
 use crate::machine_store::BLOCKS;
 
 /// Requests in flight.
 const DEPTH: usize = 8;
+/// After how many requests the client rests, on average, and how long at most.
+const PAUSE_ONE_IN: u64 = 4;
+const PAUSE_LONGEST: Micros = 400 * MILLISECOND;
 
 #[derive(Clone, Debug)]
 pub(super) struct Pending {
@@ -59,7 +62,11 @@ impl World {
     pub(super) fn offer_requests(&mut self) -> bool {
         let serving = self.is_serving();
         let mut offered = false;
-        while serving && self.faults && !self.is_settling() && self.pending.len() < DEPTH {
+        while serving && self.faults && !self.is_settling() && self.pending.len() < DEPTH && self.now >= self.pause_until {
+            if self.plan.pauses && self.dice.once_in(PAUSE_ONE_IN) {
+                self.pause_until = self.now + self.dice.skewed(PAUSE_LONGEST);
+                self.schedule(self.pause_until, Event::Rested);
+            }
             self.next_tag += 1;
             let tag = RequestTag(self.next_tag);
             let pending = self.random_request(self.next_tag);

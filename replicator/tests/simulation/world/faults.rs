@@ -8,7 +8,6 @@ use carrick_replicator::engine::{Engine, EngineConfig, RequestTag};
 use carrick_replicator::replica::{ConnectionId, ReplicaService};
 
 use super::client::Pending;
-use super::network::{SLOWS_DOWN, Slow};
 use super::{Event, MILLISECOND, Micros, SECOND, World};
 use crate::machine_store::{BLOCKS, size, volume};
 
@@ -21,7 +20,7 @@ pub(super) enum FaultKind {
     Relay,
     KillTarget,
     Part,
-    /// All replicas but one are killed, while what the target sends that one arrives ever later.
+    /// All replicas but one are killed, while that one gets ever later.
     LastOne,
     /// The metadata store can't be reached for a while.
     LoseRecords,
@@ -133,7 +132,8 @@ impl World {
         let longest = if self.plan.dense { SECOND } else { 3 * SECOND };
         let next = 5 * MILLISECOND + self.dice.skewed(longest);
         self.schedule(self.now + next, Event::Fault);
-        if self.calm.is_some() {
+        // Others would mostly spoil what takes some seconds to come about.
+        if self.calm.is_some() || self.is_one_late() {
             return;
         }
         let index = self.dice.index(self.machines.len());
@@ -202,26 +202,6 @@ impl World {
         let time = SECOND + self.dice.skewed(6 * SECOND);
         self.schedule(end, Event::EndTarget(self.incarnation));
         self.schedule(end + 10 * MILLISECOND, Event::Stop(index, time));
-    }
-
-    /// One replica lags further and further behind; then the others go. Once these no longer count, the target may go, too: what the
-    /// one has then is all there is.
-    fn leave_one(&mut self, index: usize) {
-        if self.slow.is_some_and(|slow| self.now < slow.until) {
-            return;
-        }
-        self.note(format!("replica {index} hears the target later and later"));
-        let begin = self.now + SLOWS_DOWN + self.dice.below(SECOND);
-        self.slow = Some(Slow { replica: index, since: self.now, until: begin + self.dice.skewed(8 * SECOND) });
-        for other in (0..self.machines.len()).filter(|other| *other != index) {
-            let at = begin + self.dice.skewed(200 * MILLISECOND);
-            self.schedule(at, Event::Kill(other));
-            // Mostly they are away for so long that they no longer count.
-            let absence = SECOND + self.dice.below(5 * SECOND);
-            self.machines[other].away_until = at + absence;
-        }
-        let end = begin + 1_400 * MILLISECOND + self.dice.skewed(2 * SECOND);
-        self.schedule(end, Event::EndTarget(self.incarnation));
     }
 
     /// What is in flight when a target dies is asked for again, and written over. It isn't if the client's machine goes, too.

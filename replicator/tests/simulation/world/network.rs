@@ -17,19 +17,6 @@ pub(super) struct Connection {
     pub(super) cut: bool,
 }
 
-/// A replica that the target's frames reach later and later.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Slow {
-    pub(super) replica: usize,
-    pub(super) since: Micros,
-    pub(super) until: Micros,
-}
-
-/// The longest way that anything has: short of what makes a replica too slow.
-const SLOWEST: Micros = 1_900 * MILLISECOND;
-/// After so long it is as slow as that: not at once, or it would be missed.
-pub(super) const SLOWS_DOWN: Micros = 2 * SLOWEST;
-
 impl World {
     /// Which member the connection belongs to, if it is the current target's current one.
     pub(super) fn member_of(&self, connection: ConnectionId) -> Option<MemberIndex> {
@@ -83,13 +70,13 @@ impl World {
 
     pub(super) fn send(&mut self, connection: ConnectionId, frame: Frame, to_replica: bool) {
         let delay = 10 + self.dice.skewed(2 * MILLISECOND);
-        let now = self.now;
-        let slow = self.slow.filter(|slow| to_replica && self.faults && now < slow.until);
-        let Some(state) = self.connections.get_mut(&connection).filter(|state| !(to_replica && state.cut)) else { return };
-        let late = slow.filter(|slow| slow.replica == state.replica).map_or(0, |slow| ((now - slow.since) / 2).min(SLOWEST));
-        let delay = delay + late;
+        let Some(replica) = self.connections.get(&connection).filter(|state| !(to_replica && state.cut)).map(|state| state.replica) else {
+            return;
+        };
+        let delay = delay + if to_replica { self.link_delay(replica) } else { 0 };
+        let state = self.connections.get_mut(&connection).unwrap();
         let last = if to_replica { &mut state.to_replica } else { &mut state.to_target };
-        let at = (now + delay).max(*last + 1);
+        let at = (self.now + delay).max(*last + 1);
         *last = at;
         let frame = Box::new(frame);
         self.schedule(at, if to_replica { Event::ToReplica(connection, frame) } else { Event::ToTarget(connection, frame) });

@@ -7,7 +7,7 @@ use super::{Event, MILLISECOND, SECOND, World};
 
 impl World {
     pub(super) fn ask_config(&mut self, request: ConfigRequest) {
-        let longest = if self.faults && self.dice.once_in(8) { 4 * SECOND } else { 20 * MILLISECOND };
+        let longest = self.longest_ask();
         let delay = 10 + self.dice.skewed(longest);
         self.schedule(self.now + delay, Event::ConfigAsked(self.incarnation, request));
     }
@@ -40,6 +40,9 @@ impl World {
         self.coverage.left_out += u64::from(before.iter().any(|index| !members.contains(index)));
         self.coverage.taken_in += u64::from(members.iter().any(|index| !before.contains(index)));
         self.coverage.down_to_one += u64::from(members != before && members.count() == 1);
+        if members != before && members.count() == 1 {
+            self.on_only_one();
+        }
         self.coverage.configs_untold += u64::from(asker != self.incarnation);
     }
 
