@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::endpoint::Endpoint;
-use crate::engine::ConfigVersion;
+use crate::engine::{Attachment, ConfigVersion};
 use crate::limits::{Delays, Limits};
 
 /// Longest line in either direction: a status of a thousand replicas fits with room to spare.
@@ -290,6 +290,9 @@ pub struct TargetConfig {
     /// The socket of the metadata store that says which replicas count. Without one all do, always.
     #[serde(default)]
     pub records: Option<PathBuf>,
+    /// Which attachment of the volume this is, for that metadata store.
+    #[serde(default)]
+    pub attachment: Attachment,
 }
 
 /// Which of a volume's replicas count: what the metadata store keeps, in one record that only a compare-and-swap changes.
@@ -302,6 +305,9 @@ pub struct VolumeConfig {
     pub members: Vec<StoreId>,
     /// The term of the primary that wrote it.
     pub term: Term,
+    /// The latest attachment. Configs of before have none.
+    #[serde(default)]
+    pub attachment: Attachment,
 }
 
 /// What a target asks `carrickd`, on the socket that [`TargetConfig::records`] names.

@@ -150,6 +150,7 @@ fn failed(what: &str, error: &io::Error) -> ControlError {
 mod tests {
     use carrick_backing_store::VolumeSize;
     use carrick_replicator::control::ReplicaAddress;
+    use carrick_replicator::engine::Attachment;
     use carrick_replicator::limits::{Limits, Requests};
 
     use super::*;
@@ -164,6 +165,7 @@ mod tests {
             host: false,
             rebuild_rate: None,
             records: None,
+            attachment: Attachment::NONE,
             limits: Limits::default(),
             replicas: vec![ReplicaAddress {
                 store: "0f8fad5b-d9cb-469f-a165-70867728950e".parse().unwrap(),

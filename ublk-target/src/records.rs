@@ -48,7 +48,7 @@ pub fn spawn(config: &TargetConfig, socket: &Path, orders: Sender<Order>) -> std
 
 fn named(record: &ConfigRecord, stores: &[StoreId]) -> VolumeConfig {
     let members = record.members.iter().filter_map(|index| stores.get(index.0).copied()).collect();
-    VolumeConfig { version: record.version, members, term: record.term }
+    VolumeConfig { version: record.version, members, term: record.term, attachment: record.attachment }
 }
 
 fn numbered(config: &VolumeConfig, stores: &[StoreId]) -> Result<ConfigRecord, String> {
@@ -57,20 +57,21 @@ fn numbered(config: &VolumeConfig, stores: &[StoreId]) -> Result<ConfigRecord, S
         found.ok_or_else(|| format!("a replica in store {member} counts, which this target was not told of: attach the volume again"))
     };
     let members = config.members.iter().map(index).collect::<Result<_, _>>()?;
-    Ok(ConfigRecord { version: config.version, members, term: config.term })
+    Ok(ConfigRecord { version: config.version, members, term: config.term, attachment: config.attachment })
 }
 
 #[cfg(test)]
 mod tests {
     use carrick_backing_store::Term;
-    use carrick_replicator::engine::ConfigVersion;
+    use carrick_replicator::engine::{Attachment, ConfigVersion};
 
     use super::*;
 
     #[test]
     fn stores_become_numbers_and_numbers_stores() {
         let stores: Vec<StoreId> = (1..4).map(|number| StoreId::from_bytes([number; 16])).collect();
-        let config = VolumeConfig { version: ConfigVersion::new(7), members: vec![stores[0], stores[2]], term: Term::new(9) };
+        let members = vec![stores[0], stores[2]];
+        let config = VolumeConfig { version: ConfigVersion::new(7), members, term: Term::new(9), attachment: Attachment::new(3) };
         let record = numbered(&config, &stores).unwrap();
         assert_eq!(record.members.iter().collect::<Vec<_>>(), [MemberIndex(0), MemberIndex(2)]);
         assert_eq!(named(&record, &stores), config);

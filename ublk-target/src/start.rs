@@ -148,6 +148,7 @@ fn serve(
     let engine = EngineConfig {
         copy_rate: config.rebuild_rate,
         changes_config: records.is_some(),
+        attachment: config.attachment,
         labels: config.replicas.iter().map(|replica| format!("the replica in store {}", replica.store)).collect(),
         ..EngineConfig::new(config.volume, config.size, config.replicas.len(), seed)
     };

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use carrick_backing_store::{ByteLength, Extent, SharedBuffer, Term, VolumeId, VolumeSize};
 
-use super::config::ConfigRequest;
+use super::config::{Attachment, ConfigRequest};
 use crate::wire::Frame;
 
 /// Index of a replica in the volume's config.
@@ -37,6 +37,8 @@ pub struct EngineConfig {
     pub copy_rate: Option<ByteLength>,
     /// Whether replicas that are lost are left out of the config. Only with a record that outlives this process.
     pub changes_config: bool,
+    /// Which attachment of the volume this is: the metadata store lets no earlier one go on.
+    pub attachment: Attachment,
     /// Seed of what is random: the nonces of terms.
     pub seed: u64,
     /// What people call the replicas, in the order of their indices, for messages.
@@ -57,6 +59,7 @@ impl EngineConfig {
             epoch_time: Duration::from_secs(1),
             copy_rate: None,
             changes_config: false,
+            attachment: Attachment::NONE,
             labels: Vec::new(),
             seed,
         }
@@ -146,7 +149,7 @@ pub enum Action {
     Serve(Term),
     /// Another primary has taken over: end the process. No request will be completed any more.
     Superseded {
-        /// Its term.
+        /// Its term, or, as long as it has none, the one before.
         promised: Term,
     },
 }

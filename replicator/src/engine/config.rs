@@ -1,7 +1,8 @@
 //! The config: which of the volume's replicas count, and the one record that decides it.
 //!
 //! The record is kept outside, by a metadata store that changes it by compare-and-swap only. A primary-to-be writes its term into
-//! it, after which no earlier primary can change the config; a primary leaves out of it who is lost or too slow, and takes in who
+//! it, after which no earlier primary can change the config; whoever attaches the volume anew writes its attachment's number, after
+//! which no target of an earlier attachment can become primary; a primary leaves out of it who is lost or too slow, and takes in who
 //! is back. A single member is a majority of itself, so a volume goes on with one replica, once the record says so.
 //!
 //! Invariants, each checked by the simulation:
@@ -98,6 +99,34 @@ impl ConfigVersion {
     }
 }
 
+/// Number of an attachment of a volume: each one is told the next. A target that was started again has the number it had.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Attachment(u64);
+
+impl Attachment {
+    /// The volume was never attached.
+    pub const NONE: Self = Self(0);
+
+    /// From a number.
+    #[must_use]
+    pub const fn new(number: u64) -> Self {
+        Self(number)
+    }
+
+    /// As a number.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+
+    /// Whoever attaches the volume next.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+}
+
 /// What the metadata store keeps of a volume's config.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConfigRecord {
@@ -107,13 +136,15 @@ pub struct ConfigRecord {
     pub members: MemberSet,
     /// The term of the primary that wrote it.
     pub term: Term,
+    /// Who may be primary: targets of earlier attachments end.
+    pub attachment: Attachment,
 }
 
 impl ConfigRecord {
     /// Of a new volume: all its replicas count.
     #[must_use]
     pub fn first(members: usize) -> Self {
-        Self { version: ConfigVersion::FIRST, members: MemberSet::first(members), term: Term::ZERO }
+        Self { version: ConfigVersion::FIRST, members: MemberSet::first(members), term: Term::ZERO, attachment: Attachment::NONE }
     }
 }
 
@@ -256,6 +287,8 @@ impl Engine {
 
     fn on_record(&mut self, now: Monotonic, record: ConfigRecord) {
         match self.configs.proposed {
+            // Terms alone don't tell: this target could choose a higher one, and carry out what was asked of it long ago.
+            _ if record.attachment > self.config.attachment => self.supersede(record.term),
             Some(proposed) if proposed == record => {
                 self.configs.proposed = None;
                 let earlier = self.configs.record.replace(record);
@@ -290,7 +323,8 @@ impl Engine {
         let Some(record) = self.configs.record else { return true };
         let nonce = self.random();
         let Some(term) = highest.max(record.term).successor(nonce) else { return false };
-        let next = ConfigRecord { version: record.version.next(), term, ..record };
+        let attachment = self.config.attachment;
+        let next = ConfigRecord { version: record.version.next(), term, attachment, ..record };
         self.term = None;
         self.phase = Phase::Taking;
         self.propose(next);
@@ -347,7 +381,7 @@ impl Engine {
             return;
         }
         self.configs.is_waiting = false;
-        self.propose(ConfigRecord { version: record.version.next(), members, term });
+        self.propose(ConfigRecord { version: record.version.next(), members, term, ..record });
     }
 
     /// Whether it should no longer be waited for.

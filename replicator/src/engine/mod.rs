@@ -33,7 +33,7 @@ pub use api::{Action, EngineConfig, MemberIndex, ReadBytes, Request, RequestErro
 use backlog::Backlog;
 use carrick_backing_store::{BLOCK_SIZE, BufferPool, ByteLength, ByteOffset, Epoch, Extent, Seq, SharedBuffer, Term};
 use config::Configs;
-pub use config::{ConfigRecord, ConfigRequest, ConfigVersion, MemberSet};
+pub use config::{Attachment, ConfigRecord, ConfigRequest, ConfigVersion, MemberSet};
 use difference::Side;
 use epochs::Epochs;
 use member::Member;

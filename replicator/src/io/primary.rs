@@ -31,9 +31,9 @@ const IDLE: Duration = Duration::from_secs(2);
 #[derive(Debug, thiserror::Error)]
 pub enum PrimaryError {
     /// Another primary has taken over: this process must end without completing any request.
-    #[error("another primary has taken over the volume, with term {promised}")]
+    #[error("another primary takes over the volume; the latest term is {promised}")]
     Superseded {
-        /// Its term.
+        /// Its term, or the one before.
         promised: Term,
     },
     /// Data would cross the network unprotected.

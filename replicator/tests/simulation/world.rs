@@ -2,15 +2,16 @@
 //!
 //! What is simulated: messages that take time and arrive in order per connection; connections that break, with what is on its
 //! way lost or still delivered; replicas killed, stopped for a while, and restarted; the target killed, its last messages arriving
-//! after its successor's first, its requests issued again in another order (as ublk does); loss of power of one machine or of all;
-//! blocks that rot; syncs that fail. What is not: bytes (frames are passed whole), and more faults at once than the protocol
-//! is meant to survive.
+//! after its successor's first, its requests issued again in another order (as ublk does); a target that has been left, and lives on
+//! beside its successor; loss of power of one machine or of all; blocks that rot; syncs that fail. What is not: bytes (frames are
+//! passed whole), and more faults at once than the protocol is meant to survive.
 
 mod client;
 mod faults;
 mod last_one;
 mod network;
 mod records;
+mod target;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -18,10 +19,10 @@ use std::time::Duration;
 use carrick_backing_store::dice::Dice;
 use carrick_backing_store::{BufferPool, PowerLoss, Term};
 use carrick_replicator::control::MemberState;
-use carrick_replicator::engine::{Action, ConfigRecord, ConfigRequest, Engine, MemberIndex, RequestTag};
+use carrick_replicator::engine::{ConfigRecord, ConfigRequest, Engine, RequestTag};
 use carrick_replicator::replica::{ConnectionId, ReplicaService, ServiceAction};
 use carrick_replicator::time::Monotonic;
-use carrick_replicator::wire::{Flags, Frame, Kind};
+use carrick_replicator::wire::Frame;
 
 use crate::checker::{Checker, SECTOR};
 use crate::coverage::Coverage;
@@ -30,6 +31,7 @@ use client::Pending;
 use faults::{Calm, FaultKind, choose_faults};
 use last_one::LastOne;
 use network::Connection;
+use target::{Incarnation, Target};
 
 /// Microseconds of virtual time.
 pub type Micros = u64;
@@ -89,11 +91,11 @@ enum Event {
     Resume(usize),
     StartTarget,
     /// Something that this target asked reaches the metadata store; its answer reaches the target.
-    ConfigAsked(u64, ConfigRequest),
-    ConfigAnswered(u64, Result<ConfigRecord, String>),
+    ConfigAsked(Incarnation, ConfigRequest),
+    ConfigAnswered(Incarnation, Result<ConfigRecord, String>),
     /// The target ends, if it is still this one.
-    EndTarget(u64),
-    Timer(u64),
+    EndTarget(Incarnation),
+    Timer(Incarnation, u64),
     Fault,
     /// The client has rested.
     Rested,
@@ -129,15 +131,16 @@ pub struct World {
     machines: Vec<Machine>,
     connections: BTreeMap<ConnectionId, Connection>,
     next_connection: u64,
-    engine: Option<Engine>,
-    incarnation: u64,
+    /// The client's.
+    target: Option<Target>,
+    /// One that the client has left.
+    old: Option<Target>,
+    /// The latest one's.
+    incarnation: Incarnation,
     /// What the metadata store has, and until when it can't be reached.
     record: ConfigRecord,
     records_away: Micros,
     last_one: Option<LastOne>,
-    /// The current connection to each member.
-    links: Vec<Option<ConnectionId>>,
-    timer: Option<Micros>,
     timer_number: u64,
     pending: BTreeMap<RequestTag, Pending>,
     next_tag: u64,
@@ -187,13 +190,12 @@ impl World {
             machines: machines.collect(),
             connections: BTreeMap::new(),
             next_connection: 0,
-            engine: None,
+            target: None,
+            old: None,
             incarnation: 0,
             record: ConfigRecord::first(plan.replicas),
             records_away: 0,
             last_one: None,
-            links: vec![None; plan.replicas],
-            timer: None,
             timer_number: 0,
             pending: BTreeMap::new(),
             next_tag: 0,
@@ -247,7 +249,7 @@ impl World {
             self.schedule(self.now, Event::Resume(index));
         }
         let limit = self.now + HEAL_LIMIT;
-        while !(self.pending.is_empty() && self.all_in_sync()) {
+        while !(self.pending.is_empty() && self.all_in_sync() && self.old.is_none()) {
             self.step()?;
             if self.now > limit {
                 return Err(format!("not in order {} s after the faults ended: {}", HEAL_LIMIT / SECOND, self.describe()));
@@ -277,21 +279,21 @@ impl World {
     pub fn coverage(&self) -> Coverage {
         let mut coverage = self.coverage;
         coverage.runs = 1;
-        if let Some(engine) = &self.engine {
-            coverage.add_engine(engine);
+        for target in [&self.target, &self.old].into_iter().flatten() {
+            coverage.add_engine(&target.engine);
         }
         self.machines.iter().for_each(|machine| coverage.add_store(machine.store.counts()));
         coverage
     }
 
     fn describe(&self) -> String {
-        let members = self.engine.as_ref().map(|engine| (engine.waiting_for(), engine.members()));
+        let members = self.engine().map(|engine| (engine.waiting_for(), engine.members()));
         let reports: Vec<_> = self.machines.iter().map(|machine| machine.service.as_ref().map(ReplicaService::report)).collect();
         format!("{} requests pending, engine {members:?}, replicas {reports:?}", self.pending.len())
     }
 
     fn is_serving(&self) -> bool {
-        self.engine.as_ref().is_some_and(Engine::is_serving)
+        self.engine().is_some_and(Engine::is_serving)
     }
 
     /// Every replica is in sync, and has all that was ever sent to it.
@@ -302,12 +304,14 @@ impl World {
 
     /// Every replica is in sync, and hears the target.
     fn all_joined(&self) -> bool {
-        let connected = |(machine, link): (&Machine, &Option<ConnectionId>)| {
-            link.is_some_and(|link| machine.service.is_some() && machine.connections.contains(&link) && !self.connections[&link].cut)
+        let connected = |(machine, index): (&Machine, usize)| {
+            self.link(index)
+                .is_some_and(|link| machine.service.is_some() && machine.connections.contains(&link) && !self.connections[&link].cut)
         };
-        let engine = self.engine.as_ref();
-        self.machines.iter().zip(&self.links).all(connected)
-            && engine.is_some_and(|engine| engine.is_serving() && engine.members().iter().all(|member| member.state == MemberState::InSync))
+        self.machines.iter().zip(0..).all(connected)
+            && self
+                .engine()
+                .is_some_and(|engine| engine.is_serving() && engine.members().iter().all(|member| member.state == MemberState::InSync))
     }
 
     /// Reads all replicas' stores directly.
@@ -361,13 +365,13 @@ impl World {
         self.handle(event)?;
         self.pump()?;
         self.advance_calm();
-        self.arm_timer();
+        self.arm_timers();
         (0..self.machines.len()).for_each(|index| self.arm_store(index));
         Ok(())
     }
 
     fn handle(&mut self, event: Event) -> Result<(), String> {
-        let now = self.monotonic();
+        let Some(event) = self.unless_target_stopped(event) else { return Ok(()) };
         match event {
             Event::ToReplica(connection, _) | Event::GoneAtReplica(connection) if self.is_stopped(connection) => {
                 self.hold(connection, event)
@@ -388,14 +392,7 @@ impl World {
                     service.on_disconnected(connection);
                 }
             }
-            Event::ToTarget(connection, frame) => {
-                if let Some(member) = self.member_of(connection)
-                    && let Some(engine) = &mut self.engine
-                {
-                    self.joined[member.0] |= frame.header.kind == Kind::AdoptAnswer;
-                    engine.on_frame(now, member, *frame);
-                }
-            }
+            Event::ToTarget(connection, frame) => self.on_frame_at_target(connection, *frame),
             Event::GoneAtTarget(connection) => self.gone_at_target(connection),
             Event::Open(connection) => self.open(connection),
             Event::Complete(index, opening) => {
@@ -419,24 +416,17 @@ impl World {
                     self.schedule(self.now, event);
                 }
             }
-            Event::EndTarget(incarnation) if self.faults && incarnation == self.incarnation => self.end_part(),
+            Event::EndTarget(incarnation) if self.faults && self.is_current(incarnation) => self.end_part(),
             Event::EndTarget(_) => {}
             Event::StartTarget => self.start_target(),
-            Event::Timer(number) => {
-                if number == self.timer_number {
-                    self.timer = None;
-                    if let Some(engine) = &mut self.engine {
-                        engine.on_timer(now);
-                    }
-                }
-            }
+            Event::Timer(incarnation, number) => self.on_timer(incarnation, number),
             Event::Fault => self.fault(),
             // It looks in a moment, as after every event.
             Event::Rested => {}
             Event::ConfigAsked(asker, request) => self.on_config_asked(asker, request),
             Event::ConfigAnswered(asker, answer) => {
-                if let Some(engine) = self.engine.as_mut().filter(|_| asker == self.incarnation) {
-                    engine.on_config(answer);
+                if let Some(target) = self.target_of(asker) {
+                    target.engine.on_config(answer);
                 }
             }
         }
@@ -452,10 +442,7 @@ impl World {
     fn pump(&mut self) -> Result<(), String> {
         for _ in 0..ROUNDS_MAX {
             let mut busy = false;
-            while let Some(action) = self.engine.as_mut().and_then(Engine::next_action) {
-                busy = true;
-                self.on_action(action)?;
-            }
+            busy |= self.pump_targets()?;
             for index in 0..self.machines.len() {
                 busy |= self.pump_replica(index);
             }
@@ -501,54 +488,6 @@ impl World {
         busy
     }
 
-    fn on_action(&mut self, action: Action) -> Result<(), String> {
-        match action {
-            Action::Connect(member) => {
-                self.next_connection += 1;
-                let connection = ConnectionId(self.next_connection);
-                let state = Connection { replica: member.0, to_replica: 0, to_target: 0, open_at_target: false, cut: false };
-                self.connections.insert(connection, state);
-                self.links[member.0] = Some(connection);
-                let delay = 50 + self.dice.skewed(MILLISECOND);
-                self.schedule(self.now + delay, Event::Open(connection));
-            }
-            Action::Send(member, frame) => {
-                let connection = self.links[member.0].ok_or_else(|| format!("a frame for {member:?}, which has no connection"))?;
-                self.count_frame(member, &frame);
-                self.send(connection, frame, true);
-            }
-            Action::Disconnect(member) => {
-                self.dropped += 1;
-                self.note(format!("engine drops {member:?}: {:?}", self.engine.as_ref().unwrap().members()[member.0].last_error));
-                if let Some(connection) = self.links[member.0].take() {
-                    self.break_at_replica(connection);
-                }
-            }
-            Action::Config(request) => self.ask_config(request),
-            Action::Complete(tag, result) => self.on_complete(tag, result)?,
-            Action::Serve(term) => {
-                self.coverage.elections += 1;
-                self.note(format!("serving under {term}"));
-            }
-            Action::Superseded { promised } => {
-                // A dead predecessor's attempt reached some replica with a higher term: the target ends, and is started again.
-                self.note(format!("superseded by {promised}"));
-                self.kill_target();
-            }
-        }
-        Ok(())
-    }
-
-    fn arm_timer(&mut self) {
-        let Some(deadline) = self.engine.as_ref().and_then(Engine::deadline) else { return };
-        let at = u64::try_from(deadline.since(Monotonic::default()).as_nanos().div_ceil(1_000)).unwrap().max(self.now);
-        if self.timer.is_none_or(|timer| at < timer || timer < self.now) {
-            self.timer_number += 1;
-            self.timer = Some(at);
-            self.schedule(at, Event::Timer(self.timer_number));
-        }
-    }
-
     /// What happens in a store happens some time after it could.
     fn arm_store(&mut self, index: usize) {
         let machine = &self.machines[index];
@@ -570,28 +509,8 @@ impl World {
         }
     }
 
-    /// What the target tells a member shows what becomes of it.
-    fn count_frame(&mut self, member: MemberIndex, frame: &Frame) {
-        let serving = self.is_serving();
-        let (begun, joined) = (&mut self.copy_begun[member.0], &mut self.joined[member.0]);
-        match frame.header.kind {
-            Kind::CopyBegin => {
-                *begun = true;
-                if serving && frame.header.flags.contains(Flags::REBUILD) {
-                    self.coverage.left_behind += u64::from(std::mem::take(joined));
-                }
-            }
-            // The replica that is copied to is asked, too.
-            Kind::Changed if std::mem::take(begun) => {
-                let is_difference = frame.header.sequence.get() > 0;
-                *(if is_difference { &mut self.coverage.differences } else { &mut self.coverage.whole }) += 1;
-            }
-            _ => {}
-        }
-    }
-
     /// The highest term that was promised, to see that runs get somewhere.
     pub fn term(&self) -> Option<Term> {
-        self.engine.as_ref().and_then(Engine::term)
+        self.engine().and_then(Engine::term)
     }
 }

@@ -11,6 +11,7 @@ use carrick_replicator::control::{
     ReplicaAddress, ReplicaAnswer, ReplicaRequest, RunDirectory, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus, call,
 };
 use carrick_replicator::endpoint::Endpoint;
+use carrick_replicator::engine::Attachment;
 use carrick_replicator::limits::Limits;
 use tempfile::TempDir;
 
@@ -45,6 +46,7 @@ impl Machine {
             replicas: Vec::new(),
             rebuild_rate: None,
             records: None,
+            attachment: Attachment::NONE,
             limits: Limits::default(),
         };
         let mut machine = Self { config, run, folder: tempfile::tempdir().unwrap(), replicas: Vec::new(), target: None };

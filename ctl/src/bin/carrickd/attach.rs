@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use carrick_backing_store::VolumeId;
 use carrick_ctl::fault::{Fault, Reason};
 use carrick_replicator::control::{ControlError, ControlErrorCode, TargetPhase, TargetStatus};
+use carrick_replicator::engine::Attachment;
 
 use crate::context::{Context, unix_now};
 use crate::control::{self, CallError};
@@ -92,7 +93,7 @@ pub async fn attach(context: &Context, name: &str, options: Options) -> Result<P
             let Options { host, queue_depth } = options;
             let since_unix = unix_now();
             let phase = AttachmentPhase::Attaching;
-            let record = AttachmentRecord { volume: volume.id, host, queue_depth, phase, since_unix };
+            let record = AttachmentRecord { volume: volume.id, host, queue_depth, phase, since_unix, number: Attachment::NONE };
             context.apply(Mutation::PutAttachment(record)).await?;
             bring_up(context, volume).await
         }

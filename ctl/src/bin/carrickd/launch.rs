@@ -226,6 +226,7 @@ fn target_config(run: &RunDirectory, state: &State, id: ProcessId) -> Option<Tar
         replicas: volume.replicas.iter().map(replica).collect(),
         rebuild_rate: volume.rebuild_rate,
         records: Some(run.records_socket()),
+        attachment: attachment.number,
         limits: volume.limits,
     })
 }

@@ -159,6 +159,7 @@ mod tests {
     use std::time::Duration;
 
     use carrick_backing_store::{StoreId, VolumeSize};
+    use carrick_replicator::engine::Attachment;
     use carrick_replicator::limits::Limits;
 
     use super::*;
@@ -206,7 +207,7 @@ mod tests {
         }
 
         fn attachment(mut self, phase: AttachmentPhase) -> Self {
-            let record = AttachmentRecord { volume: VOLUME, host: false, queue_depth: 128, phase, since_unix: 0 };
+            let record = AttachmentRecord { volume: VOLUME, host: false, queue_depth: 128, phase, since_unix: 0, number: Attachment::NONE };
             self.state.attachments.insert(VOLUME, record);
             self
         }

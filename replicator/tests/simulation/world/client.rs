@@ -73,8 +73,8 @@ impl World {
             let request = pending.request.clone();
             self.pending.insert(tag, pending);
             let now = self.monotonic();
-            if let Some(engine) = &mut self.engine {
-                engine.submit(now, tag, request);
+            if let Some(target) = &mut self.target {
+                target.engine.submit(now, tag, request);
             }
             offered = true;
         }

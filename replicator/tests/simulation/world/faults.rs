@@ -1,15 +1,11 @@
 //! What goes wrong, and how it is mended.
 
-use std::time::Duration;
-
 use carrick_backing_store::dice::Dice;
-use carrick_backing_store::{BlockIndex, ByteLength, PowerLoss};
-use carrick_replicator::engine::{Engine, EngineConfig, RequestTag};
+use carrick_backing_store::{BlockIndex, PowerLoss};
 use carrick_replicator::replica::{ConnectionId, ReplicaService};
 
-use super::client::Pending;
 use super::{Event, MILLISECOND, Micros, SECOND, World};
-use crate::machine_store::{BLOCKS, size, volume};
+use crate::machine_store::BLOCKS;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FaultKind {
@@ -19,6 +15,8 @@ pub(super) enum FaultKind {
     /// And another replica goes soon after, for long: what it lacks may be told by the one that has just come back.
     Relay,
     KillTarget,
+    /// Another target takes over, while the old one lives.
+    TakeOver,
     Part,
     /// All replicas but one are killed, while that one gets ever later.
     LastOne,
@@ -31,12 +29,13 @@ pub(super) enum FaultKind {
     Rot,
 }
 
-const ALWAYS: [FaultKind; 8] = [
+const ALWAYS: [FaultKind; 9] = [
     FaultKind::KillReplica,
     FaultKind::StopReplica,
     FaultKind::BreakConnection,
     FaultKind::Relay,
     FaultKind::KillTarget,
+    FaultKind::TakeOver,
     FaultKind::Part,
     FaultKind::LastOne,
     FaultKind::LoseRecords,
@@ -92,34 +91,6 @@ impl World {
         Ok(())
     }
 
-    pub(super) fn start_target(&mut self) {
-        if self.engine.is_some() {
-            return;
-        }
-        self.incarnation += 1;
-        self.coverage.target_starts += 1;
-        self.joined.fill(false);
-        // Small, so that replicas fall behind, and lack only a part.
-        let config = EngineConfig {
-            backlog_bytes: if self.fault_kinds.contains(&FaultKind::LastOne) { 64 << 20 } else { 256 << 10 },
-            epoch_bytes: 1 << (12 + self.dice.skewed(8)),
-            epoch_time: Duration::from_micros(1 + self.dice.skewed(2 * SECOND)),
-            changes_config: true,
-            copy_rate: self.dice.coin().then_some(ByteLength::new(1 << 20)),
-            ..EngineConfig::new(volume(), size(), self.machines.len(), self.dice.number())
-        };
-        let mut engine = Engine::new(config, self.pool.clone(), self.monotonic());
-        // The kernel issues what was in flight again, in no particular order.
-        let mut again: Vec<(RequestTag, Pending)> = self.pending.iter().map(|(tag, pending)| (*tag, pending.clone())).collect();
-        while !again.is_empty() {
-            let index = self.dice.index(again.len());
-            let (tag, pending) = again.swap_remove(index);
-            engine.submit(self.monotonic(), tag, pending.request);
-        }
-        self.engine = Some(engine);
-        self.note(format!("target {} starts", self.incarnation));
-    }
-
     pub(super) fn fault(&mut self) {
         if !self.faults {
             return;
@@ -153,8 +124,10 @@ impl World {
                 self.schedule(begin, Event::Stop(other, time));
             }
             // Mostly it gets somewhere before.
-            FaultKind::KillTarget | FaultKind::Part | FaultKind::LastOne if !self.is_serving() && !self.dice.once_in(4) => {}
+            FaultKind::KillTarget | FaultKind::TakeOver | FaultKind::Part | FaultKind::LastOne
+                if !self.is_serving() && !self.dice.once_in(4) => {}
             FaultKind::KillTarget => self.kill_target(),
+            FaultKind::TakeOver => self.take_over(),
             FaultKind::Part => self.part(index),
             FaultKind::LastOne => self.leave_one(index),
             // Else some runs would never get anywhere.
@@ -180,7 +153,7 @@ impl World {
     }
 
     fn break_connection(&mut self, index: usize) {
-        if let Some(connection) = self.links[index] {
+        if let Some(connection) = self.link(index) {
             self.note(format!("the connection to replica {index} breaks"));
             self.break_at_replica(connection);
             let delay = self.dice.skewed(2 * SECOND);
@@ -192,7 +165,7 @@ impl World {
     /// what a successor never learns of.
     fn part(&mut self, index: usize) {
         let lost: Vec<ConnectionId> =
-            (0..self.machines.len()).filter(|other| *other != index).filter_map(|other| self.links[other]).collect();
+            (0..self.machines.len()).filter(|other| *other != index).filter_map(|other| self.link(other)).collect();
         self.events.retain(|_, event| !matches!(event, Event::ToReplica(connection, _) if lost.contains(connection)));
         for connection in lost {
             self.connections.entry(connection).and_modify(|state| state.cut = true);
@@ -215,7 +188,7 @@ impl World {
 
     /// Whether a machine may lose what it has acknowledged: the others have it, and the target, which knows what counts, won't go.
     fn is_peaceful(&self) -> bool {
-        let others = |connection: &ConnectionId| !self.links.contains(&Some(*connection));
+        let others = |connection: &ConnectionId| !self.is_current(self.connections[connection].incarnation);
         let is_trouble = |event: &Event| match event {
             Event::EndTarget(_) | Event::Stop(..) | Event::Kill(_) => true,
             // An earlier target may yet take over some replica.
@@ -225,6 +198,7 @@ impl World {
         };
         // Of one, nobody else has it.
         self.machines.len() > 1
+            && self.old.is_none()
             && self.all_joined()
             && self.all_count()
             && self.machines.iter().all(|machine| machine.stopped.is_none())
@@ -281,18 +255,6 @@ impl World {
         let back = self.now + 1 + self.dice.skewed(5 * SECOND);
         self.schedule(back, Event::StartReplica(index));
         true
-    }
-
-    pub(super) fn kill_target(&mut self) {
-        let Some(engine) = self.engine.take() else { return };
-        self.coverage.add_engine(&engine);
-        self.note("the target is killed".to_owned());
-        for link in std::mem::take(&mut self.links).into_iter().flatten() {
-            self.break_at_replica(link);
-        }
-        self.links = vec![None; self.machines.len()];
-        let back = self.now + 1 + self.dice.skewed(SECOND);
-        self.schedule(back, Event::StartTarget);
     }
 
     fn power_fails_everywhere(&mut self) {

@@ -4,10 +4,13 @@ use carrick_replicator::engine::MemberIndex;
 use carrick_replicator::replica::ConnectionId;
 use carrick_replicator::wire::Frame;
 
+use super::target::Incarnation;
 use super::{Event, MILLISECOND, Micros, SECOND, World};
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Connection {
+    /// Whose target's it is.
+    pub(super) incarnation: Incarnation,
     pub(super) replica: usize,
     /// When the last frame in each direction arrives, so that order is kept.
     pub(super) to_replica: Micros,
@@ -18,10 +21,26 @@ pub(super) struct Connection {
 }
 
 impl World {
-    /// Which member the connection belongs to, if it is the current target's current one.
-    pub(super) fn member_of(&self, connection: ConnectionId) -> Option<MemberIndex> {
-        let index = self.links.iter().position(|link| *link == Some(connection))?;
-        self.connections[&connection].open_at_target.then_some(MemberIndex(index))
+    /// Which target's end of the connection it is, and which member's it is there, if that is the current one.
+    pub(super) fn end_of(&mut self, connection: ConnectionId) -> Option<(Incarnation, MemberIndex)> {
+        let state = self.connections.get(&connection).copied().filter(|state| state.open_at_target)?;
+        let target = self.target_of(state.incarnation)?;
+        (target.links[state.replica] == Some(connection)).then_some((state.incarnation, MemberIndex(state.replica)))
+    }
+
+    /// Gives an event back, unless it is for a target that is stopped: then it waits.
+    pub(super) fn unless_target_stopped(&mut self, event: Event) -> Option<Event> {
+        let incarnation = match &event {
+            Event::ToTarget(connection, _) | Event::GoneAtTarget(connection) => self.connections.get(connection)?.incarnation,
+            Event::Timer(incarnation, _) | Event::ConfigAnswered(incarnation, _) => *incarnation,
+            _ => return Some(event),
+        };
+        let now = self.now;
+        let Some(until) = self.target_of(incarnation).map(|target| target.stopped_until).filter(|until| *until > now) else {
+            return Some(event);
+        };
+        self.schedule(until, event);
+        None
     }
 
     pub(super) fn is_stopped(&self, connection: ConnectionId) -> bool {
@@ -43,29 +62,29 @@ impl World {
             machine.connections.insert(connection);
             service.on_connected(connection);
         }
-        if self.links[state.replica] == Some(connection) {
-            let member = MemberIndex(state.replica);
-            if alive {
-                self.connections.get_mut(&connection).unwrap().open_at_target = true;
-                if let Some(engine) = &mut self.engine {
-                    engine.on_connected(now, member);
-                }
-            } else {
-                self.links[state.replica] = None;
-                if let Some(engine) = &mut self.engine {
-                    engine.on_disconnected(now, member, "connection refused".to_owned());
-                }
-            }
+        if alive {
+            self.connections.get_mut(&connection).unwrap().open_at_target = true;
+        }
+        let Some(target) = self.target_of(state.incarnation).filter(|target| target.links[state.replica] == Some(connection)) else {
+            return;
+        };
+        let member = MemberIndex(state.replica);
+        if alive {
+            target.engine.on_connected(now, member);
+        } else {
+            target.links[state.replica] = None;
+            target.engine.on_disconnected(now, member, "connection refused".to_owned());
         }
     }
 
     pub(super) fn gone_at_target(&mut self, connection: ConnectionId) {
-        let Some(index) = self.links.iter().position(|link| *link == Some(connection)) else { return };
-        self.links[index] = None;
         let now = self.monotonic();
-        if let Some(engine) = &mut self.engine {
-            engine.on_disconnected(now, MemberIndex(index), "connection lost".to_owned());
-        }
+        let Some(state) = self.connections.get(&connection).copied() else { return };
+        let Some(target) = self.target_of(state.incarnation).filter(|target| target.links[state.replica] == Some(connection)) else {
+            return;
+        };
+        target.links[state.replica] = None;
+        target.engine.on_disconnected(now, MemberIndex(state.replica), "connection lost".to_owned());
     }
 
     pub(super) fn send(&mut self, connection: ConnectionId, frame: Frame, to_replica: bool) {

@@ -3,16 +3,17 @@
 
 use carrick_replicator::engine::{ConfigRequest, MemberSet};
 
+use super::target::Incarnation;
 use super::{Event, MILLISECOND, SECOND, World};
 
 impl World {
-    pub(super) fn ask_config(&mut self, request: ConfigRequest) {
+    pub(super) fn ask_config(&mut self, asker: Incarnation, request: ConfigRequest) {
         let longest = self.longest_ask();
         let delay = 10 + self.dice.skewed(longest);
-        self.schedule(self.now + delay, Event::ConfigAsked(self.incarnation, request));
+        self.schedule(self.now + delay, Event::ConfigAsked(asker, request));
     }
 
-    pub(super) fn on_config_asked(&mut self, asker: u64, request: ConfigRequest) {
+    pub(super) fn on_config_asked(&mut self, asker: Incarnation, request: ConfigRequest) {
         let is_away = self.now < self.records_away;
         // Blocks rot on one of many: if that one could become the only one that counts, they would be lost for good.
         let is_refused = self.plan.rot && self.faults && self.is_serving();
@@ -34,7 +35,7 @@ impl World {
         self.schedule(self.now + delay, Event::ConfigAnswered(asker, answer));
     }
 
-    fn count_config(&mut self, before: MemberSet, asker: u64) {
+    fn count_config(&mut self, before: MemberSet, asker: Incarnation) {
         let members = self.record.members;
         self.note(format!("config {} of term {}: {members:?}", self.record.version.get(), self.record.term));
         self.coverage.left_out += u64::from(before.iter().any(|index| !members.contains(index)));
@@ -49,6 +50,6 @@ impl World {
     /// Every replica counts, and none is about to be left out.
     pub(super) fn all_count(&self) -> bool {
         let all = MemberSet::first(self.machines.len());
-        self.engine.as_ref().is_some_and(|engine| engine.counting() == Some(all) && !engine.is_changing_config())
+        self.engine().is_some_and(|engine| engine.counting() == Some(all) && !engine.is_changing_config())
     }
 }

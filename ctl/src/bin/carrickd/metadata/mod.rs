@@ -7,6 +7,7 @@
 //! * M3. Only a ready volume is attached, and an attached one is not deleted.
 //! * M4. A volume's config version only grows (compare-and-swap: whoever changes a volume says what it was).
 //! * M5. Which replicas count changes from one version to the next, under terms that never fall; never are there none.
+//! * M6. Each attachment has a number of its own, which is the volume's from then on: earlier ones change nothing any more.
 
 mod records;
 mod redb_store;
@@ -102,7 +103,9 @@ pub enum MetadataError {
     #[error("volume {0} changed in the meantime")]
     Changed(VolumeId),
     /// M5.
-    #[error("which replicas of volume {0} count can't be changed so: none, some that it doesn't have, or under a term that is past")]
+    #[error(
+        "which replicas of volume {0} count can't be changed so: none, some that it doesn't have, under a term that is past, or by an attachment that is"
+    )]
     BadConfig(VolumeName),
     /// Another process has the file.
     #[error("{0} is in use by another carrickd")]
@@ -188,11 +191,7 @@ impl State {
                 self.volumes.remove(id);
             }
             Mutation::PutAttachment(record) => {
-                let volume = self.volumes.get(&record.volume).ok_or(MetadataError::Changed(record.volume))?;
-                if volume.phase != VolumePhase::Ready {
-                    return Err(MetadataError::NotReady(volume.name.clone()));
-                }
-                self.attachments.insert(record.volume, record.clone());
+                self.put_attachment(record)?;
             }
             Mutation::RemoveAttachment(id) => {
                 self.attachments.remove(id);
@@ -233,6 +232,24 @@ impl State {
         Ok(())
     }
 
+    fn put_attachment(&mut self, record: &AttachmentRecord) -> Result<(), MetadataError> {
+        let volume = self.volumes.get_mut(&record.volume).ok_or(MetadataError::Changed(record.volume))?;
+        if volume.phase != VolumePhase::Ready {
+            return Err(MetadataError::NotReady(volume.name.clone()));
+        }
+        let number = match self.attachments.get(&record.volume) {
+            Some(current) => current.number,
+            None => {
+                let config = volume.config();
+                let (version, attachment) = (config.version.next(), config.attachment.next());
+                volume.config = Some(VolumeConfig { version, attachment, ..config });
+                attachment
+            }
+        };
+        self.attachments.insert(record.volume, AttachmentRecord { number, ..record.clone() });
+        Ok(())
+    }
+
     fn swap_config(&mut self, id: VolumeId, next: &VolumeConfig) -> Result<(), MetadataError> {
         let volume = self.volumes.get_mut(&id).ok_or(MetadataError::Changed(id))?;
         let current = volume.config();
@@ -241,6 +258,7 @@ impl State {
         }
         let is_sound = !next.members.is_empty()
             && next.term >= current.term
+            && next.attachment == current.attachment
             && next
                 .members
                 .iter()

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use carrick_backing_store::{ByteLength, StoreId, Term, VolumeId, VolumeSize};
 use carrick_ctl::name::VolumeName;
 use carrick_replicator::control::VolumeConfig;
-use carrick_replicator::engine::ConfigVersion;
+use carrick_replicator::engine::{Attachment, ConfigVersion};
 use carrick_replicator::limits::Limits;
 use serde::{Deserialize, Serialize};
 
@@ -68,7 +68,12 @@ pub struct VolumeRecord {
 impl VolumeRecord {
     /// Which replicas count.
     pub fn config(&self) -> VolumeConfig {
-        let first = || VolumeConfig { version: ConfigVersion::FIRST, members: self.replicas.clone(), term: Term::ZERO };
+        let first = || VolumeConfig {
+            version: ConfigVersion::FIRST,
+            members: self.replicas.clone(),
+            term: Term::ZERO,
+            attachment: Attachment::NONE,
+        };
         self.config.clone().unwrap_or_else(first)
     }
 }
@@ -99,6 +104,9 @@ pub struct AttachmentRecord {
     pub phase: AttachmentPhase,
     /// When it was asked for, in seconds since 1970.
     pub since_unix: u64,
+    /// Which of the volume's attachments this is: given by [`super::State`]. Those of before have none.
+    #[serde(default)]
+    pub number: Attachment,
 }
 
 /// Where an attachment stands.

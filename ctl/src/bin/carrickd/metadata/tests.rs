@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use carrick_backing_store::{ByteLength, Term};
-use carrick_replicator::engine::ConfigVersion;
+use carrick_replicator::engine::{Attachment, ConfigVersion};
 use carrick_replicator::limits::Limits;
 
 use super::*;
@@ -57,7 +57,14 @@ fn volume(number: u8, name: &str, stores: &[u8]) -> VolumeRecord {
 }
 
 fn attachment(number: u8, phase: AttachmentPhase) -> AttachmentRecord {
-    AttachmentRecord { volume: VolumeId::from_bytes([number; 16]), host: false, queue_depth: 128, phase, since_unix: 1_700_000_002 }
+    AttachmentRecord {
+        volume: VolumeId::from_bytes([number; 16]),
+        host: false,
+        queue_depth: 128,
+        phase,
+        since_unix: 1_700_000_002,
+        number: Attachment::new(1),
+    }
 }
 
 /// What the fixture of format 1 holds, and how it was made.
@@ -136,6 +143,7 @@ async fn all_rules_of_configs_hold(metadata: &dyn MetadataStore) {
         version: ConfigVersion::new(version),
         members: members.iter().map(|number| StoreId::from_bytes([*number; 16])).collect(),
         term: Term::new(term),
+        attachment: Attachment::NONE,
     };
     let swap = |next| metadata.apply(Mutation::SwapConfig { volume: VolumeId::from_bytes([9; 16]), next });
     let now = || metadata.state().volumes[&VolumeId::from_bytes([9; 16])].config();
@@ -158,6 +166,20 @@ async fn all_rules_of_configs_hold(metadata: &dyn MetadataStore) {
     after.rebuild_rate = Some(ByteLength::new(1 << 20));
     metadata.apply(Mutation::ReplaceVolume { expected: before.into(), new: after.into() }).await.unwrap();
     assert_eq!(now(), of(3, &[3], 7));
+    // From a new attachment on, the one before changes nothing, whatever it says it is.
+    let number = || metadata.state().attachments[&VolumeId::from_bytes([9; 16])].number;
+    metadata.apply(Mutation::PutAttachment(attachment(9, AttachmentPhase::Attaching))).await.unwrap();
+    metadata.apply(Mutation::PutAttachment(attachment(9, AttachmentPhase::Attached))).await.unwrap();
+    assert_eq!((number(), now()), (Attachment::new(1), VolumeConfig { attachment: Attachment::new(1), ..of(4, &[3], 7) }));
+    metadata.apply(Mutation::RemoveAttachment(VolumeId::from_bytes([9; 16]))).await.unwrap();
+    metadata.apply(Mutation::PutAttachment(attachment(9, AttachmentPhase::Attaching))).await.unwrap();
+    assert_eq!((number(), now().attachment, now().version), (Attachment::new(2), Attachment::new(2), ConfigVersion::new(5)));
+    for (what, refused) in [("version", of(5, &[3], 8)), ("attachment", of(6, &[3], 8))] {
+        let result = swap(refused).await;
+        assert!(matches!(result, Err(MetadataError::Changed(_) | MetadataError::BadConfig(_))), "{what}: {result:?}");
+    }
+    swap(VolumeConfig { attachment: Attachment::new(2), ..of(6, &[3], 8) }).await.unwrap();
+    metadata.apply(Mutation::RemoveAttachment(VolumeId::from_bytes([9; 16]))).await.unwrap();
     metadata.apply(Mutation::RemoveVolume(VolumeId::from_bytes([9; 16]))).await.unwrap();
 }
 
@@ -191,6 +213,9 @@ async fn a_file_of_format_1_opens() {
     for mutation in example() {
         expected.apply(&mutation).unwrap();
     }
+    // The first version had no configs, and no numbers of attachments.
+    expected.volumes.values_mut().for_each(|volume| volume.config = None);
+    expected.attachments.values_mut().for_each(|attachment| attachment.number = Attachment::NONE);
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/metadata-format-1.redb");
     // Written once, by the first version; a test that makes its own fixture would prove nothing.
     if std::env::var_os("CARRICK_WRITE_FIXTURE").is_some() && !fixture.exists() {
