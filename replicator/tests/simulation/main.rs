@@ -4,6 +4,7 @@
 //!
 //! * `cargo test --release -p carrick-replicator --test simulation` runs new seeds for a fixed time, and all seeds that once failed.
 //!   At its end it tells what happened in them.
+//!   Bugs that are planted on purpose must be found, each within some runs.
 //! * `CARRICK_SIM_SECONDS=3600` makes it a soak; `CARRICK_SIM_SEEDS=N` makes it N schedules, however long they take; `tests/soak` does
 //!   this on all processors. `CARRICK_SIM_SEED=N` replays one run, and tells all that happened in it, whether it
 //!   fails or not. `CARRICK_SIM_STORE=memory` or `map` gives all replicas this kind of store.
@@ -23,7 +24,7 @@ use carrick_backing_store::dice::Dice;
 
 use coverage::Coverage;
 use machine_store::StoreKind;
-use world::{Plan, World};
+use world::{Bug, Plan, World};
 
 /// How long new seeds are tried unless told otherwise.
 const SECONDS_DEFAULT: u64 = 20;
@@ -31,6 +32,8 @@ const SECONDS_DEFAULT: u64 = 20;
 const LOG_LINES: usize = 400;
 /// In so many runs everything should have happened.
 const RUNS_THAT_COVER: u64 = 2000;
+/// In so many runs each planted bug is found.
+const RUNS_THAT_FIND: u64 = 1000;
 /// Seeds that found something once.
 const FAILED_ONCE: &[u64] = &[];
 
@@ -45,7 +48,7 @@ fn plan(seed: u64, log_lines: usize) -> Plan {
         Err(_) => StoreKind::Memory,
     };
     let rot = replicas >= 3 && seed.is_multiple_of(5);
-    Plan { seed, replicas, requests: 200 + seed % 300, rot, dense: seed % 7 < 3, pauses: seed % 4 < 3, store, log_lines }
+    Plan { seed, replicas, requests: 200 + seed % 300, rot, dense: seed % 7 < 3, pauses: seed % 4 < 3, store, bug: None, log_lines }
 }
 
 /// Tells something, whether the test fails or not.
@@ -72,6 +75,29 @@ fn run(plan: Plan, always_tells: bool) -> Coverage {
     }
     assert!(world.term().is_some(), "seed {seed}: nobody ever became primary");
     world.coverage()
+}
+
+/// Whether a run with this bug comes to the wrong end.
+fn is_found(plan: Plan) -> bool {
+    let outcome = std::panic::catch_unwind(|| World::new(plan).run());
+    // An assertion that doesn't hold ends the process, which is as good.
+    !matches!(outcome, Ok(Ok(())))
+}
+
+#[test]
+fn planted_bugs_are_found() {
+    let first = variable("CARRICK_SIM_FIRST").unwrap_or(1);
+    let mut missed = Vec::new();
+    for bug in Bug::ALL {
+        let begin = Instant::now();
+        let found = (first..first + RUNS_THAT_FIND).find(|seed| is_found(Plan { bug: Some(bug), rot: false, ..plan(*seed, LOG_LINES) }));
+        let seconds = begin.elapsed().as_secs_f64();
+        match found {
+            Some(seed) => tell(&format!("{bug:?} was found in run {} (seed {seed}), after {seconds:.1} s", seed - first + 1)),
+            None => missed.push(bug),
+        }
+    }
+    assert!(missed.is_empty(), "not found in {RUNS_THAT_FIND} runs from seed {first} on: {missed:?}");
 }
 
 fn variable(name: &str) -> Option<u64> {

@@ -10,6 +10,7 @@ mod client;
 mod faults;
 mod last_one;
 mod network;
+mod planted;
 mod records;
 mod target;
 
@@ -31,6 +32,8 @@ use client::Pending;
 use faults::{Calm, FaultKind, choose_faults};
 use last_one::LastOne;
 use network::Connection;
+pub use planted::Bug;
+use planted::Planted;
 use target::{Incarnation, Target};
 
 /// Microseconds of virtual time.
@@ -64,6 +67,8 @@ pub struct Plan {
     /// The client rests now and then: else all is over before anything slow can happen.
     pub pauses: bool,
     pub store: StoreKind,
+    /// Planted, to be found.
+    pub bug: Option<Bug>,
     /// What happened longest ago is forgotten beyond so many lines.
     pub log_lines: usize,
 }
@@ -89,6 +94,8 @@ enum Event {
     Stop(usize, Micros),
     Kill(usize),
     Resume(usize),
+    /// Everywhere.
+    LosePower,
     StartTarget,
     /// Something that this target asked reaches the metadata store; its answer reaches the target.
     ConfigAsked(Incarnation, ConfigRequest),
@@ -120,6 +127,9 @@ struct Machine {
     connections: BTreeSet<ConnectionId>,
     /// Since its last damage, this one needs care: no second fault that the protocol can't survive.
     rotten: bool,
+    /// The highest term that it has ever told anybody to have promised.
+    promised: Term,
+    planted: Planted,
 }
 
 pub struct World {
@@ -180,6 +190,8 @@ impl World {
                 stopped: None,
                 connections: BTreeSet::new(),
                 rotten: false,
+                promised: Term::ZERO,
+                planted: Planted::default(),
             }
         });
         let mut world = Self {
@@ -205,7 +217,7 @@ impl World {
             checker: Checker::default(),
             pool: BufferPool::new(1 << 20),
             faults: true,
-            fault_kinds: choose_faults(&mut Dice::new(plan.seed ^ 0x6661_756c), plan.rot),
+            fault_kinds: choose_faults(&mut Dice::new(plan.seed ^ 0x6661_756c), plan.rot, plan.bug),
             calm: None,
             steps: 0,
             joined: vec![false; plan.replicas],
@@ -416,6 +428,7 @@ impl World {
                     self.schedule(self.now, event);
                 }
             }
+            Event::LosePower => self.power_fails_everywhere(),
             Event::EndTarget(incarnation) if self.faults && self.is_current(incarnation) => self.end_part(),
             Event::EndTarget(_) => {}
             Event::StartTarget => self.start_target(),
@@ -456,10 +469,14 @@ impl World {
 
     fn pump_replica(&mut self, index: usize) -> bool {
         let machine = &mut self.machines[index];
-        let Some(service) = machine.service.as_mut().filter(|_| machine.stopped.is_none()) else { return false };
+        if machine.service.is_none() || machine.stopped.is_some() {
+            return false;
+        }
         let mut completions = Vec::new();
         machine.store.reap(&mut completions);
         machine.operations -= completions.len();
+        self.plant_in_completions(index, &mut completions);
+        let Some(service) = &mut self.machines[index].service else { return false };
         for completion in completions {
             service.on_completion(completion);
         }
@@ -481,7 +498,7 @@ impl World {
                 }
                 ServiceAction::Store(_, token, operation) => {
                     self.machines[index].operations += 1;
-                    self.machines[index].store.submit(token, operation);
+                    self.submit_planted(index, token, operation);
                 }
             }
         }

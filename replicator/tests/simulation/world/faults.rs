@@ -4,6 +4,7 @@ use carrick_backing_store::dice::Dice;
 use carrick_backing_store::{BlockIndex, PowerLoss};
 use carrick_replicator::replica::{ConnectionId, ReplicaService};
 
+use super::planted::{Bug, Planted};
 use super::{Event, MILLISECOND, Micros, SECOND, World};
 use crate::machine_store::BLOCKS;
 
@@ -43,7 +44,10 @@ const ALWAYS: [FaultKind; 9] = [
 const LOSSES: [FaultKind; 3] = [FaultKind::Power, FaultKind::PowerEverywhere, FaultKind::FailSync];
 
 /// The kinds of faults in one run. Some are left out, since what one kind brings about another may mend at once.
-pub(super) fn choose_faults(dice: &mut Dice, rot: bool) -> Vec<FaultKind> {
+pub(super) fn choose_faults(dice: &mut Dice, rot: bool, bug: Option<Bug>) -> Vec<FaultKind> {
+    if let Some(faults) = bug.and_then(Bug::faults) {
+        return faults.to_vec();
+    }
     let losses: &[FaultKind] = if rot { &[FaultKind::Rot] } else { &LOSSES };
     let mut kinds: Vec<FaultKind> = ALWAYS.iter().chain(losses).copied().filter(|_| dice.coin()).collect();
     if rot && !kinds.contains(&FaultKind::Rot) || kinds.is_empty() {
@@ -62,12 +66,14 @@ const BREATHER: Micros = 10 * SECOND;
 /// After a fault that takes from a replica what it has acknowledged, others wait until all are in sync again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Calm {
-    /// A sync will fail there.
-    Failing(usize),
+    /// A sync will fail there, or on all machines: then power does, too.
+    Failing { index: usize, everywhere: bool },
     /// It has lost something, and will be started anew.
     Restarting(usize),
     /// It is back.
     Settling,
+    /// Power will fail everywhere.
+    Doomed,
 }
 
 impl World {
@@ -82,7 +88,11 @@ impl World {
             return Ok(());
         }
         let found = machine.store.open().map_err(|reason| format!("replica {index} can't start: {reason}"))?;
+        if found.iter().any(|found| found.state.promised < machine.promised) {
+            return Err(format!("replica {index} has forgotten its promise of term {}: {found:?}", machine.promised));
+        }
         machine.opening += 1;
+        machine.planted = Planted::at_start(&found);
         machine.service = Some(ReplicaService::new(machine.store.id(), found));
         if self.calm == Some(Calm::Restarting(index)) {
             self.calm = Some(Calm::Settling);
@@ -143,9 +153,11 @@ impl World {
                 self.calm = Some(Calm::Restarting(index));
             }
             FaultKind::FailSync if self.is_peaceful() => {
-                self.note(format!("the next sync of replica {index} will fail"));
-                self.machines[index].store.fail_next_sync();
-                self.calm = Some(Calm::Failing(index));
+                let everywhere = self.fault_kinds.contains(&FaultKind::PowerEverywhere) && self.dice.coin();
+                self.note(format!("the next sync of replica {index} will fail, and of all: {everywhere}"));
+                let machines = self.machines.iter_mut().enumerate();
+                machines.filter(|(other, _)| everywhere || *other == index).for_each(|(_, machine)| machine.store.fail_next_sync());
+                self.calm = Some(Calm::Failing { index, everywhere });
             }
             FaultKind::Rot if self.is_peaceful() => self.rot(index),
             FaultKind::Power | FaultKind::FailSync | FaultKind::Rot => {}
@@ -212,7 +224,14 @@ impl World {
 
     pub(super) fn advance_calm(&mut self) {
         match self.calm {
-            Some(Calm::Failing(index)) if self.machines[index].store.is_poisoned() => {
+            Some(Calm::Failing { everywhere: true, .. }) if self.machines.iter().any(|machine| machine.store.is_poisoned()) => {
+                self.note("syncs fail everywhere".to_owned());
+                self.calm = Some(Calm::Doomed);
+                // Whatever was said to be flushed must be there all the same.
+                let at = self.now + self.dice.skewed(500 * MILLISECOND);
+                self.schedule(at, Event::LosePower);
+            }
+            Some(Calm::Failing { index, everywhere: false }) if self.machines[index].store.is_poisoned() => {
                 self.note(format!("a sync of replica {index} has failed"));
                 self.coverage.failed_syncs += 1;
                 self.joined[index] = false;
@@ -257,9 +276,11 @@ impl World {
         true
     }
 
-    fn power_fails_everywhere(&mut self) {
+    pub(super) fn power_fails_everywhere(&mut self) {
+        self.calm = None;
         self.note("power fails everywhere".to_owned());
         self.kill_target();
+        self.kill_old();
         self.coverage.power_losses_everywhere += 1;
         for index in 0..self.machines.len() {
             if !self.kill_replica(index, PowerLoss::Yes) {

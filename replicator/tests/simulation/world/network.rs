@@ -2,7 +2,7 @@
 
 use carrick_replicator::engine::MemberIndex;
 use carrick_replicator::replica::ConnectionId;
-use carrick_replicator::wire::Frame;
+use carrick_replicator::wire::{Frame, Kind};
 
 use super::target::Incarnation;
 use super::{Event, MILLISECOND, Micros, SECOND, World};
@@ -93,11 +93,15 @@ impl World {
             return;
         };
         let delay = delay + if to_replica { self.link_delay(replica) } else { 0 };
+        if frame.header.kind == Kind::PromiseAnswer {
+            let promised = &mut self.machines[replica].promised;
+            *promised = frame.header.term.max(*promised);
+        }
         let state = self.connections.get_mut(&connection).unwrap();
         let last = if to_replica { &mut state.to_replica } else { &mut state.to_target };
         let at = (self.now + delay).max(*last + 1);
         *last = at;
-        let frame = Box::new(frame);
+        let frame = Box::new(self.plant_in_frame(connection, frame, to_replica));
         self.schedule(at, if to_replica { Event::ToReplica(connection, frame) } else { Event::ToTarget(connection, frame) });
     }
 

@@ -25,8 +25,9 @@ impl World {
             Err("out of reach".to_owned())
         } else {
             let before = self.record;
-            let record = request.apply(&mut self.record);
-            if record != before {
+            let mut forgotten = self.record;
+            let record = request.apply(if self.is_forgotten(&request) { &mut forgotten } else { &mut self.record });
+            if self.record != before {
                 self.count_config(before.members, asker);
             }
             if self.faults && self.dice.once_in(16) { Err("the answer is lost".to_owned()) } else { Ok(record) }
