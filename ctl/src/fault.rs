@@ -92,6 +92,8 @@ reasons! {
     VolumeNotReady = "VOLUME_NOT_READY", FailedPrecondition, Precondition;
     /// Somebody has the device open.
     DeviceBusy = "DEVICE_BUSY", FailedPrecondition, Precondition;
+    /// The replica counts, so it can't be replaced.
+    ReplicaCounts = "REPLICA_COUNTS", FailedPrecondition, Precondition;
     /// A volume has a replica on the store.
     StoreInUse = "STORE_IN_USE", FailedPrecondition, Precondition;
     /// The folder is neither empty nor a store, or the store can't be opened.

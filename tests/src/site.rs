@@ -87,6 +87,11 @@ impl Site {
 
     /// Starts `carrickd`, and waits until it answers.
     pub fn start_daemon(&mut self) -> anyhow::Result<()> {
+        self.start_daemon_with(&[])
+    }
+
+    /// The same, told more.
+    pub fn start_daemon_with(&mut self, options: &[&str]) -> anyhow::Result<()> {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.path("carrickd.log"))?;
         let daemon = Command::new(programs()?.join("carrickd"))
             .arg("--run-dir")
@@ -95,6 +100,7 @@ impl Site {
             .arg(self.path("state"))
             .arg("--bin-dir")
             .arg(&self.bin_dir)
+            .args(options)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)

@@ -8,6 +8,7 @@ mod network;
 mod nodes;
 mod partition;
 mod qos;
+mod replace;
 mod resync;
 mod survivors;
 
@@ -50,6 +51,11 @@ pub fn items() -> Vec<Item> {
             name: "no-records",
             promise: "with carrickd away, writes that need a lost replica of two wait without an error, and go on when it is back",
             run: survivors::daemon_away,
+        },
+        Item {
+            name: "replace",
+            promise: "50 replicas lost one after the other, each replaced in another store, with data carried from lap to lap; none lost",
+            run: replace::again_and_again,
         },
         Item {
             name: "qos",

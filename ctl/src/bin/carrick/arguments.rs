@@ -142,6 +142,16 @@ pub enum VolumeCommand {
         #[arg(required = true, value_name = "KEY=VALUE", value_parser = Setting::parse)]
         settings: Vec<Setting>,
     },
+    /// Put a replica in another store in place of one that no longer counts; carrickd does so by itself after a while
+    Replace {
+        /// The volume's name
+        name: String,
+        /// The store that is lost: its id, the beginning of that, or its path
+        store: String,
+        /// The store that gets the new replica [default: of the others, that with the most free space]
+        #[arg(long, value_name = "STORE")]
+        with: Option<String>,
+    },
     /// Delete a volume with its data
     Delete {
         /// Its name

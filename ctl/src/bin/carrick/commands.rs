@@ -103,6 +103,10 @@ async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Res
             let answer = volumes.set_volume(change(settings::request(name, &settings)?)).await?.into_inner();
             output.show(&answer.volume.unwrap_or_default(), words::volume)
         }
+        VolumeCommand::Replace { name, store, with } => {
+            let answer = volumes.replace_replica(change(v1::ReplaceReplicaRequest { name, store, with })).await?.into_inner();
+            output.show(&answer.volume.unwrap_or_default(), words::volume)
+        }
         VolumeCommand::Delete { name } => {
             let answer = volumes.delete_volume(change(v1::DeleteVolumeRequest { name })).await?.into_inner();
             output.show(&answer, |answer| match answer.pending_stores.as_slice() {

@@ -151,6 +151,9 @@ pub fn volume(volume: &Volume) -> String {
         attachment.waiting_for.as_deref().into_iter().for_each(|what| line("waits for", what));
         attachment.problem.as_deref().into_iter().for_each(|what| line("problem", what));
     }
+    for store in &volume.leaving_stores {
+        line("leaves", &format!("{store}: the replica there was replaced, and is deleted when the store is back"));
+    }
     let mut table = Table::new(["REPLICA IN", "STORE", "STATE", "LAST ERROR"]);
     for replica in &volume.replicas {
         let error = replica.last_error.clone().unwrap_or_default();
@@ -377,6 +380,7 @@ mod tests {
                 replica(ReplicaState::InSync, None),
             ],
             attachment: Some(attachment),
+            leaving_stores: vec!["/srv/old".into()],
         };
         assert_eq!(
             volumes(std::slice::from_ref(&shown)),
@@ -387,6 +391,7 @@ mod tests {
         for line in [
             "requests    500 a second at most, 500 more at once after a pause\n",
             "bandwidth   50 MiB a second at most, 1 GiB more at once after a pause\n",
+            "leaves      /srv/old: the replica there was replaced, and is deleted when the store is back\n",
             "delayed     4 requests waited for these limits, 12.5 ms on average; 7 wait now\n",
         ] {
             assert!(text.contains(line), "{line:?}: {text}");

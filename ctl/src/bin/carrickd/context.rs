@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use carrick_ctl::fault::{Fault, Reason};
 use carrick_replicator::control::RunDirectory;
@@ -32,6 +32,8 @@ pub struct Context {
     pub stores: tokio::sync::Mutex<()>,
     /// Who may change something.
     pub gate: Gate,
+    /// A replica that doesn't count for so long is replaced; `None`: never.
+    pub replace_after: Option<Duration>,
     /// When this carrickd started.
     pub started: Instant,
 }
@@ -110,7 +112,7 @@ fn metadata_fault(error: MetadataError) -> Fault {
         MetadataError::NoStore(store) => Fault::new(Reason::StoreNotFound, store, message),
         MetadataError::StoreInUse { store, .. } => Fault::new(Reason::StoreInUse, store, message),
         MetadataError::Attached(name) => Fault::new(Reason::VolumeAttached, name, message),
-        MetadataError::NotReady(name) => Fault::new(Reason::VolumeNotReady, name, message),
+        MetadataError::StillCounts(name) | MetadataError::NotReady(name) => Fault::new(Reason::VolumeNotReady, name, message),
         MetadataError::Changed(volume) => Fault::new(Reason::VolumeNotReady, volume, message),
         MetadataError::SameStoreTwice { name, .. } | MetadataError::BadConfig(name) => Fault::new(Reason::Internal, name, message),
         MetadataError::InUse(path)

@@ -7,6 +7,7 @@ mod control;
 mod launch;
 mod locks;
 mod metadata;
+mod moves;
 mod node;
 mod observed;
 mod pidfd;
@@ -43,6 +44,9 @@ use crate::service::Services;
 /// For calls that are under way when the daemon is told to end. What they do is in the records; the next carrickd goes on.
 const LAST_CALLS_LIMIT: Duration = Duration::from_secs(2);
 
+/// Ten years: beyond that, clocks overflow.
+const REPLACE_AFTER_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
 /// The Carrick daemon: looks after the stores and the attached volumes of this node.
 ///
 /// SIGTERM ends the daemon alone; attached volumes go on. To end everything, use `carrick shutdown`.
@@ -61,9 +65,23 @@ struct Arguments {
     /// What to log: error, warn, info, debug, or a tracing filter
     #[arg(long, value_name = "FILTER", default_value = "info")]
     log: String,
+    /// Replace a replica by one in another store when it hasn't counted for so many seconds, or never
+    #[arg(long, value_name = "SECONDS|never", default_value = "600", value_parser = replace_after)]
+    replace_after: ReplaceAfter,
     /// For tests: without root there are no block devices
     #[arg(long, hide = true)]
     allow_non_root: bool,
+}
+
+#[derive(Clone, Copy)]
+struct ReplaceAfter(Option<Duration>);
+
+fn replace_after(text: &str) -> Result<ReplaceAfter, String> {
+    if text == "never" {
+        return Ok(ReplaceAfter(None));
+    }
+    let seconds = text.parse().map_err(|_| "give a number of seconds, or never".to_owned())?;
+    Ok(ReplaceAfter(Some(Duration::from_secs(seconds).min(REPLACE_AFTER_MAX))))
 }
 
 fn main() -> ExitCode {
@@ -107,6 +125,7 @@ fn serve(arguments: &Arguments) -> anyhow::Result<()> {
         locks: locks::Locks::new(changed),
         stores: tokio::sync::Mutex::default(),
         gate: Gate::default(),
+        replace_after: arguments.replace_after.0,
         started: Instant::now(),
     });
     let result = runtime.block_on(run(Arc::clone(&context), inbox));

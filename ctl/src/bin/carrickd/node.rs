@@ -9,11 +9,11 @@ use std::time::Instant;
 
 use tokio::sync::{Notify, mpsc, watch};
 
-use crate::context::Context;
+use crate::context::{Context, unix_now};
 use crate::launch;
 use crate::observed::{Event, Observed, ProcessId};
 use crate::pidfd::PidFd;
-use crate::reconcile::{Action, Work, reconcile};
+use crate::reconcile::{Action, Moment, Work, reconcile};
 use crate::volumes;
 
 /// Events that wait for the loop at most. It takes microseconds for each; a sender would wait.
@@ -104,7 +104,8 @@ pub async fn run(context: Arc<Context>, mut inbox: NodeInbox) {
         // nobody's.
         let state = context.state();
         observed.busy = context.locks.busy();
-        let plan = reconcile(&state, &observed, Instant::now());
+        let moment = Moment { now: Instant::now(), unix: unix_now(), replace_after: context.replace_after };
+        let plan = reconcile(&state, &observed, moment);
         for action in &plan.actions {
             perform(&context, &mut observed, *action);
         }
@@ -182,7 +183,7 @@ fn perform(context: &Arc<Context>, observed: &mut Observed, action: Action) {
             let context = Arc::clone(context);
             tokio::spawn(async move {
                 let finished = volumes::resume(&context, volume, work).await;
-                if !finished && work != Work::Delete {
+                if !finished && !matches!(work, Work::Delete | Work::Move | Work::Replace(_)) {
                     tracing::warn!(%volume, ?work, "unfinished work failed again");
                 }
                 context.node.send(Event::Worked { volume, finished }).await;

@@ -13,11 +13,13 @@
 //! | volume creating, nobody works on it | | undo it |
 //! | volume deleting, a store with a replica answers | | delete that replica |
 //! | attaching or detaching, nobody works on it | | go on with it |
+//! | volume with a replica joining or leaving, its store answers | | make or delete that replica |
+//! | attached volume, a replica hasn't counted for `replace_after` | | replace it |
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use carrick_backing_store::VolumeId;
+use carrick_backing_store::{StoreId, VolumeId};
 
 use crate::metadata::{AttachmentPhase, State, VolumePhase, VolumeRecord};
 use crate::observed::{EndRequest, Exit, Observed, Process, ProcessId, ProcessState, WorkState};
@@ -33,6 +35,10 @@ pub enum Work {
     Attach,
     /// Take the device away.
     Detach,
+    /// Make the replica that replaces another, and delete that.
+    Move,
+    /// A replica hasn't counted for long: replace it by one in another store.
+    Replace(StoreId),
 }
 
 /// One thing to do.
@@ -70,8 +76,19 @@ impl Plan {
     }
 }
 
+/// The time, and what depends on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    pub now: Instant,
+    /// The same in seconds since 1970.
+    pub unix: u64,
+    /// A replica that doesn't count for so long is replaced; `None`: never.
+    pub replace_after: Option<Duration>,
+}
+
 /// Compares what is wanted with what is there.
-pub fn reconcile(state: &State, observed: &Observed, now: Instant) -> Plan {
+pub fn reconcile(state: &State, observed: &Observed, moment: Moment) -> Plan {
+    let now = moment.now;
     let mut plan = Plan::default();
     let wanted = wanted(state, observed.stopping);
     for &id in &wanted {
@@ -87,11 +104,12 @@ pub fn reconcile(state: &State, observed: &Observed, now: Instant) -> Plan {
     }
     if !observed.stopping {
         for volume in state.volumes.values().filter(|volume| !observed.busy.contains(&volume.name)) {
-            if let Some(work) = work_on(state, observed, volume) {
+            let work = work_on(state, observed, volume).map(|work| (now, work));
+            if let Some((due, work)) = work.or_else(|| replacement(state, volume, moment)) {
                 match observed.work.get(&volume.id) {
                     Some(WorkState::Running { .. }) => {}
-                    Some(WorkState::Paused { until, .. }) => plan.at(*until, now, Action::Work(volume.id, work)),
-                    None => plan.actions.push(Action::Work(volume.id, work)),
+                    Some(WorkState::Paused { until, .. }) => plan.at(due.max(*until), now, Action::Work(volume.id, work)),
+                    None => plan.at(due, now, Action::Work(volume.id, work)),
                 }
             }
         }
@@ -134,31 +152,45 @@ fn is_over(state: &State, id: ProcessId, process: Option<&Process>) -> bool {
 
 fn work_on(state: &State, observed: &Observed, volume: &VolumeRecord) -> Option<Work> {
     let target = ProcessId::Target(volume.id);
+    let answers = |store: &StoreId| observed.processes.get(&ProcessId::Replica(*store)).is_some_and(Process::answers);
     match volume.phase {
         VolumePhase::Creating => Some(Work::UndoCreation),
         VolumePhase::Deleting => {
-            let answers = |id| observed.processes.get(&id).is_some_and(Process::answers);
-            let reachable = volume.replicas.iter().any(|store| answers(ProcessId::Replica(*store)));
+            let reachable = volume.replicas.iter().any(answers);
             (reachable || volume.replicas.is_empty()).then_some(Work::Delete)
         }
-        VolumePhase::Ready => match state.attachments.get(&volume.id)?.phase {
-            AttachmentPhase::Attaching => Some(Work::Attach),
-            AttachmentPhase::Detaching { .. } => {
-                let process = observed.processes.get(&target);
-                (process.is_some_and(Process::answers) || is_over(state, target, process)).then_some(Work::Detach)
-            }
-            AttachmentPhase::Attached => None,
-        },
+        VolumePhase::Ready => {
+            let attachment = match state.attachments.get(&volume.id).map(|attachment| attachment.phase) {
+                Some(AttachmentPhase::Attaching) => Some(Work::Attach),
+                Some(AttachmentPhase::Detaching { .. }) => {
+                    let process = observed.processes.get(&target);
+                    (process.is_some_and(Process::answers) || is_over(state, target, process)).then_some(Work::Detach)
+                }
+                Some(AttachmentPhase::Attached) | None => None,
+            };
+            attachment.or_else(|| volume.joining.iter().chain(&volume.leaving).any(answers).then_some(Work::Move))
+        }
     }
+}
+
+/// Which replica is replaced next, and when. Of a volume that isn't attached none is: nobody would copy to the new one.
+fn replacement(state: &State, volume: &VolumeRecord, moment: Moment) -> Option<(Instant, Work)> {
+    let after = moment.replace_after?;
+    let is_attached = state.attachments.get(&volume.id).is_some_and(|attachment| attachment.phase == AttachmentPhase::Attached);
+    let lost = volume.left_out.iter().filter(|(store, _)| is_attached && !volume.joining.contains(store));
+    let (store, since) = lost.min_by_key(|(_, since)| **since)?;
+    // A clock that was set back counts anew.
+    let waited = Duration::from_secs(moment.unix.saturating_sub(*since));
+    Some((moment.now + after.saturating_sub(waited), Work::Replace(*store)))
 }
 
 #[cfg(test)]
 mod tests {
     //! A table: each row sets up a node and says what is to be done.
 
-    use std::time::Duration;
+    use std::collections::BTreeMap;
 
-    use carrick_backing_store::{StoreId, VolumeSize};
+    use carrick_backing_store::VolumeSize;
     use carrick_replicator::engine::Attachment;
     use carrick_replicator::limits::Limits;
 
@@ -170,6 +202,8 @@ mod tests {
     const VOLUME: VolumeId = VolumeId::from_bytes([5; 16]);
     const REPLICA: ProcessId = ProcessId::Replica(STORE);
     const TARGET: ProcessId = ProcessId::Target(VOLUME);
+    const UNIX: u64 = 1_700_000_000;
+    const REPLACE_AFTER: Duration = Duration::from_secs(600);
 
     struct Node {
         state: State,
@@ -199,8 +233,11 @@ mod tests {
                 created_unix: 0,
                 phase,
                 rebuild_rate: None,
-                config: None,
                 limits: Limits::default(),
+                config: None,
+                left_out: BTreeMap::new(),
+                joining: Vec::new(),
+                leaving: Vec::new(),
             };
             self.state.volumes.insert(VOLUME, record);
             self
@@ -240,7 +277,7 @@ mod tests {
         }
 
         fn plan(&self) -> Plan {
-            reconcile(&self.state, &self.observed, self.now)
+            reconcile(&self.state, &self.observed, Moment { now: self.now, unix: UNIX, replace_after: Some(REPLACE_AFTER) })
         }
 
         #[track_caller]
@@ -352,6 +389,39 @@ mod tests {
         // It failed a moment ago.
         let paused = detaching().answering(TARGET).event(Event::Worked { volume: VOLUME, finished: false });
         assert_eq!(paused.plan(), Plan { actions: vec![], wake_at: Some(paused.now + Duration::from_secs(1)) });
+    }
+
+    #[test]
+    fn replicas_are_replaced_when_they_are_lost_for_long() {
+        use Action::Work as Do;
+        use AttachmentPhase::Attached;
+        let other = StoreId::from_bytes([2; 16]);
+        let node = |change: &dyn Fn(&mut VolumeRecord)| {
+            let mut node = Node::new().store().answering(REPLICA).volume(VolumePhase::Ready);
+            change(node.state.volumes.get_mut(&VOLUME).unwrap());
+            node
+        };
+        let lost = |since: u64| {
+            let node = node(&|volume| volume.left_out = [(other, since)].into());
+            node.attachment(Attached).answering(TARGET)
+        };
+        lost(UNIX - 600).does(&[Do(VOLUME, Work::Replace(other))]);
+        lost(UNIX - 700).busy().does(&[]);
+        lost(UNIX - 700).change(|o| o.on_work(VOLUME)).does(&[]);
+        let early = lost(UNIX - 500);
+        assert_eq!(early.plan(), Plan { actions: vec![], wake_at: Some(early.now + Duration::from_secs(100)) });
+        // By a clock that was set back since.
+        let back = lost(UNIX + 500);
+        assert_eq!(back.plan(), Plan { actions: vec![], wake_at: Some(back.now + REPLACE_AFTER) });
+        let never = lost(UNIX - 700);
+        let moment = Moment { now: never.now, unix: UNIX, replace_after: None };
+        assert_eq!(reconcile(&never.state, &never.observed, moment), Plan::default());
+        // Nobody would copy to the new one.
+        node(&|volume| volume.left_out = [(other, 0)].into()).does(&[]);
+        // What was begun goes on when its store answers, attached or not.
+        node(&|volume| volume.joining.push(STORE)).does(&[Do(VOLUME, Work::Move)]);
+        node(&|volume| volume.leaving.push(STORE)).does(&[Do(VOLUME, Work::Move)]);
+        node(&|volume| volume.leaving.push(other)).does(&[]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
-use crate::context::Context;
+use crate::context::{Context, unix_now};
 use crate::metadata::{MetadataError, Mutation};
 
 /// Connections at once: each target has one for a moment, now and then.
@@ -60,8 +60,12 @@ async fn converse(context: &Context, stream: UnixStream) -> std::io::Result<()> 
 async fn answer(context: &Context, request: RecordsRequest) -> RecordsAnswer {
     let volume = match request {
         RecordsRequest::Read { volume } => volume,
-        RecordsRequest::Swap { volume, next } => match context.metadata.apply(Mutation::SwapConfig { volume, next }).await {
-            Ok(_) => volume,
+        RecordsRequest::Swap { volume, next } => match context.metadata.apply(swap(volume, next)).await {
+            Ok(_) => {
+                // Who is left out may be replaced some day.
+                context.node.poke();
+                volume
+            }
             // What it is now tells the target what happened.
             Err(MetadataError::Changed(_)) => volume,
             Err(error @ MetadataError::BadConfig(_)) => return refused(ControlErrorCode::Invalid, error),
@@ -72,6 +76,10 @@ async fn answer(context: &Context, request: RecordsRequest) -> RecordsAnswer {
         Some(config) => RecordsAnswer::Config(config),
         None => refused(ControlErrorCode::NotFound, format!("there is no volume {volume}")),
     }
+}
+
+fn swap(volume: VolumeId, next: VolumeConfig) -> Mutation {
+    Mutation::SwapConfig { volume, next, at_unix: unix_now() }
 }
 
 fn config(context: &Context, volume: VolumeId) -> Option<VolumeConfig> {

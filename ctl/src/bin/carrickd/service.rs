@@ -21,7 +21,7 @@ use crate::settings::Changes;
 use crate::stores::NewStore;
 use crate::view::View;
 use crate::volumes::{NewVolume, not_found, parse_name};
-use crate::{attach, settings, shutdown, stores, survey, volumes};
+use crate::{attach, moves, settings, shutdown, stores, survey, volumes};
 
 /// All services. Cheap to clone.
 #[derive(Clone)]
@@ -132,6 +132,13 @@ impl VolumeService for Services {
         let id = self.change(move |context| async move { settings::set(&context, &name, changes).await }).await?;
         let volume = self.look_at_volume(&self.context.state(), id).await?;
         Ok(Response::new(v1::SetVolumeResponse { volume: Some(volume) }))
+    }
+
+    async fn replace_replica(&self, request: Request<v1::ReplaceReplicaRequest>) -> Result<Response<v1::ReplaceReplicaResponse>, Status> {
+        let v1::ReplaceReplicaRequest { name, store, with } = request.into_inner();
+        let id = self.change(move |context| async move { moves::replace(&context, &name, &store, with.as_deref()).await }).await?;
+        let volume = self.look_at_volume(&self.context.state(), id).await?;
+        Ok(Response::new(v1::ReplaceReplicaResponse { volume: Some(volume) }))
     }
 
     async fn delete_volume(&self, request: Request<v1::DeleteVolumeRequest>) -> Result<Response<v1::DeleteVolumeResponse>, Status> {

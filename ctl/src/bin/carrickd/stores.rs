@@ -7,13 +7,14 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use carrick_backing_store::size::HumanSize;
 use carrick_backing_store::{ByteLength, StoreId};
 use carrick_ctl::fault::{Fault, Reason};
 use serde::Deserialize;
 use tokio::process::Command;
 
 use crate::context::{Context, unix_now};
-use crate::metadata::{Mutation, State, StoreRecord};
+use crate::metadata::{Mutation, State, StoreRecord, VolumeRecord};
 use crate::observed::ProcessId;
 use crate::survey;
 
@@ -145,14 +146,7 @@ pub async fn choose(context: &Context, given: &[String], count: usize) -> Result
         }
         return Ok(chosen);
     }
-    let mut free = Vec::new();
-    for (id, status) in survey::replicas(context, &state).await {
-        if let Ok(status) = status
-            && status.poisoned.is_none()
-        {
-            free.push((status.usage.available(), id));
-        }
-    }
+    let free = with_most_room(context, &state).await;
     if free.len() < count {
         let away = state.stores.len() - free.len();
         let but = if away == 0 { String::new() } else { format!(", and {away} that can't be used") };
@@ -162,8 +156,42 @@ pub async fn choose(context: &Context, given: &[String], count: usize) -> Result
         );
         return Err(Fault::new(Reason::TooFewStores, "stores", message));
     }
-    free.sort_unstable_by_key(|(free, id)| (std::cmp::Reverse(*free), *id));
     Ok(free.into_iter().take(count).map(|(_, id)| id).collect())
+}
+
+/// The stores that answer and take writes, and how much room each has, those with the most first.
+async fn with_most_room(context: &Context, state: &State) -> Vec<(ByteLength, StoreId)> {
+    let answers = survey::replicas(context, state).await.into_iter();
+    let usable = answers.filter_map(|(id, status)| Some((id, status.ok().filter(|status| status.poisoned.is_none())?)));
+    let mut free: Vec<_> = usable.map(|(id, status)| (status.usage.available(), id)).collect();
+    free.sort_unstable_by_key(|(free, id)| (std::cmp::Reverse(*free), *id));
+    free
+}
+
+/// A store for one more replica of a volume: the given one, or of those without one that with the most free space.
+pub async fn choose_another(context: &Context, volume: &VolumeRecord, given: Option<&str>) -> Result<StoreId, Fault> {
+    settle(context).await;
+    let state = context.state();
+    let has_one = |store: &StoreId| volume.replicas.contains(store) || volume.leaving.contains(store);
+    if let Some(text) = given {
+        let store = resolve(&state, text)?.id;
+        if has_one(&store) {
+            let message = format!("store {text} has a replica of volume {}, or had one that is still to be deleted", volume.name);
+            return Err(Fault::invalid("with", message));
+        }
+        return Ok(store);
+    }
+    let needed = volume.size.bytes();
+    let free = with_most_room(context, &state).await;
+    let fits = free.iter().find(|(free, store)| *free >= needed && !has_one(store));
+    fits.map(|(_, store)| *store).ok_or_else(|| {
+        let message = format!(
+            "no other store answers and has room for a replica of volume {} ({}): add one with carrick store add",
+            volume.name,
+            HumanSize(needed.get())
+        );
+        Fault::new(Reason::TooFewStores, &volume.name, message)
+    })
 }
 
 /// The folder's real path, or the device's as it was given, and what is there.

@@ -76,7 +76,7 @@ impl View<'_> {
         let members = target.and_then(|answer| answer.as_ref().ok()).map_or(&[][..], |status| &status.replicas);
         let config = record.config();
         let replica = |store: &StoreId| {
-            let place = self.state.stores.get(store).map_or(String::new(), |record| record.path.display().to_string());
+            let place = self.place(*store);
             let shown = match members.iter().find(|member| member.store == *store) {
                 Some(member) => replica_in_target(member, place),
                 None => self.replica_in_store(record.id, *store, place),
@@ -102,8 +102,14 @@ impl View<'_> {
             bandwidth_burst: record.limits.bandwidth_burst.map_or(0, |burst| burst.get()),
             state: state.into(),
             replicas: record.replicas.iter().map(replica).collect(),
+            leaving_stores: record.leaving.iter().map(|store| self.place(*store)).collect(),
             attachment: attachment.map(|attachment| attachment_message(attachment, target)),
         }
+    }
+
+    /// A store's path, or at least its id.
+    fn place(&self, store: StoreId) -> String {
+        self.state.stores.get(&store).map_or_else(|| store.to_string(), |record| record.path.display().to_string())
     }
 
     fn replica_in_store(&self, volume: VolumeId, store: StoreId, store_path: String) -> v1::Replica {
@@ -157,6 +163,9 @@ impl View<'_> {
                 problems.push(format!("volume {name} is deleted, but for its replicas in {}", stores.join(", ")));
                 continue;
             }
+            let left = volume.leaving_stores.iter();
+            problems
+                .extend(left.map(|store| format!("volume {name}: the replica that was replaced in {store} is deleted when that is back")));
             for replica in &volume.replicas {
                 if !matches!(replica.state(), v1::ReplicaState::Idle | v1::ReplicaState::InSync) {
                     let detail = replica.last_error.as_ref().map_or(String::new(), |error| format!(" ({error})"));

@@ -7,6 +7,9 @@
 //! 2. replica by replica: delete it, then strike it from the record; 3. the last one takes the record along. A crash
 //! anywhere is followed by the same steps again: deleting a replica twice changes nothing.
 
+use std::collections::BTreeMap;
+use std::time::Duration;
+
 use carrick_backing_store::size::HumanSize;
 use carrick_backing_store::{ReplicaSpec, StoreId, VolumeId, VolumeSize};
 use carrick_ctl::fault::{Fault, Reason};
@@ -18,6 +21,7 @@ use crate::attach;
 use crate::context::{Context, unix_now};
 use crate::control::{self, CallError};
 use crate::metadata::{Mutation, VolumePhase, VolumeRecord};
+use crate::moves;
 use crate::observed::ProcessId;
 use crate::reconcile::Work;
 use crate::stores;
@@ -107,10 +111,13 @@ pub async fn create(context: &Context, new: NewVolume) -> Result<VolumeId, Fault
                 created_unix: unix_now(),
                 phase: VolumePhase::Creating,
                 rebuild_rate: None,
-                config: None,
                 limits: Limits::default(),
+                config: None,
+                left_out: BTreeMap::new(),
+                joining: Vec::new(),
+                leaving: Vec::new(),
             };
-            context.apply(Mutation::InsertVolume(record.clone())).await?;
+            context.apply(Mutation::InsertVolume(record.clone().into())).await?;
             record
         }
     };
@@ -154,11 +161,30 @@ fn same_request(context: &Context, volume: &VolumeRecord, new: &Checked) -> Resu
 async fn make_replicas(context: &Context, volume: &VolumeRecord) -> Result<(), Fault> {
     let spec = ReplicaSpec { volume: volume.id, size: volume.size };
     for &store in &volume.replicas {
-        let request = ReplicaRequest::Create { spec };
-        let made = control::replica(&context.run.replica_control(store), &request, control::CHANGE_LIMIT).await;
-        made.map_err(|error| replica_fault(context, store, error))?;
+        make_replica(context, spec, store).await?;
     }
     Ok(())
+}
+
+/// Makes a replica, unless it is there.
+pub async fn make_replica(context: &Context, spec: ReplicaSpec, store: StoreId) -> Result<(), Fault> {
+    let request = ReplicaRequest::Create { spec };
+    let made = control::replica(&context.run.replica_control(store), &request, control::CHANGE_LIMIT).await;
+    made.map(drop).map_err(|error| replica_fault(context, store, error))
+}
+
+/// Deletes a replica, if it is there and its store answers. Returns whether it is gone.
+pub async fn delete_replica(context: &Context, volume: VolumeId, store: StoreId, limit: Duration) -> bool {
+    let answers = context.node.observed().processes.get(&ProcessId::Replica(store)).is_some_and(|process| process.answers());
+    if !answers {
+        return false;
+    }
+    let request = ReplicaRequest::Delete { volume };
+    let deleted = control::replica(&context.run.replica_control(store), &request, limit).await;
+    if let Err(error) = &deleted {
+        tracing::warn!(%volume, %store, %error, "a replica can't be deleted yet");
+    }
+    deleted.is_ok()
 }
 
 /// What a caller is told when a store didn't do something.
@@ -181,7 +207,11 @@ fn replica_fault(context: &Context, store: StoreId, error: CallError) -> Fault {
 }
 
 async fn set_phase(context: &Context, volume: &VolumeRecord, phase: VolumePhase) -> Result<VolumeRecord, Fault> {
-    let new = VolumeRecord { phase, ..volume.clone() };
+    let mut new = VolumeRecord { phase, ..volume.clone() };
+    if phase == VolumePhase::Deleting {
+        new.replicas.append(&mut new.leaving);
+        new.joining.clear();
+    }
     context.apply(Mutation::ReplaceVolume { expected: volume.clone().into(), new: new.clone().into() }).await?;
     Ok(new)
 }
@@ -212,13 +242,7 @@ async fn undo_creation(context: &Context, volume: &VolumeRecord) -> Result<bool,
 /// Deletes what can be reached. Returns the stores that are left; the reconciler goes on when they are back.
 async fn delete_replicas(context: &Context, mut volume: VolumeRecord) -> Result<Vec<StoreId>, Fault> {
     for store in volume.replicas.clone() {
-        let answers = context.node.observed().processes.get(&ProcessId::Replica(store)).is_some_and(|process| process.answers());
-        if !answers {
-            continue;
-        }
-        let request = ReplicaRequest::Delete { volume: volume.id };
-        if let Err(error) = control::replica(&context.run.replica_control(store), &request, control::CHANGE_LIMIT).await {
-            tracing::warn!(volume = %volume.id, %store, %error, "a replica can't be deleted yet");
+        if !delete_replica(context, volume.id, store, control::CHANGE_LIMIT).await {
             continue;
         }
         let rest = volume.replicas.iter().copied().filter(|other| *other != store).collect();
@@ -243,6 +267,8 @@ pub async fn resume(context: &Context, id: VolumeId, work: Work) -> bool {
         (Work::UndoCreation, VolumePhase::Creating) => undo_creation(context, &volume).await,
         (Work::Delete, VolumePhase::Deleting) => delete_replicas(context, volume).await.map(|left| left.is_empty()),
         (Work::Attach, VolumePhase::Ready) => attach::resume_attach(context, &volume).await.map(|()| true),
+        (Work::Move, VolumePhase::Ready) => moves::go_on(context, volume).await,
+        (Work::Replace(store), VolumePhase::Ready) => moves::replace_lost(context, volume, store).await,
         (Work::Detach, VolumePhase::Ready) => attach::resume_detach(context, &volume).await.map(|()| true),
         _ => Ok(true),
     };

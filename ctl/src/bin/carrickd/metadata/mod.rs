@@ -7,6 +7,7 @@
 //! * M3. Only a ready volume is attached, and an attached one is not deleted.
 //! * M4. A volume's config version only grows (compare-and-swap: whoever changes a volume says what it was).
 //! * M5. Which replicas count changes from one version to the next, under terms that never fall; never are there none.
+//!   A replica that counts stays: only one that no longer does is replaced by another.
 //! * M6. Each attachment has a number of its own, which is the volume's from then on: earlier ones change nothing any more.
 
 mod records;
@@ -44,7 +45,7 @@ pub enum Mutation {
     /// A store is forgotten.
     RemoveStore(StoreId),
     /// A new volume.
-    InsertVolume(VolumeRecord),
+    InsertVolume(Box<VolumeRecord>),
     /// A volume changes.
     ReplaceVolume {
         /// What it was; if it is anything else by now, nothing is changed.
@@ -58,6 +59,8 @@ pub enum Mutation {
         volume: VolumeId,
         /// What is to be; its version says what it was.
         next: VolumeConfig,
+        /// When, in seconds since 1970.
+        at_unix: u64,
     },
     /// A volume's last replica is deleted.
     RemoveVolume(VolumeId),
@@ -107,6 +110,9 @@ pub enum MetadataError {
         "which replicas of volume {0} count can't be changed so: none, some that it doesn't have, under a term that is past, or by an attachment that is"
     )]
     BadConfig(VolumeName),
+    /// M5.
+    #[error("a replica of volume {0} that is to be replaced counts")]
+    StillCounts(VolumeName),
     /// Another process has the file.
     #[error("{0} is in use by another carrickd")]
     InUse(PathBuf),
@@ -179,11 +185,13 @@ impl State {
                 if !volumes.is_empty() {
                     return Err(MetadataError::StoreInUse { store: *id, volumes });
                 }
+                // What was to be deleted there goes with it.
+                self.volumes.values_mut().for_each(|volume| volume.leaving.retain(|store| store != id));
                 self.stores.remove(id);
             }
             Mutation::InsertVolume(record) => self.insert_volume(record)?,
             Mutation::ReplaceVolume { expected, new } => self.replace_volume(expected, new)?,
-            Mutation::SwapConfig { volume, next } => self.swap_config(*volume, next)?,
+            Mutation::SwapConfig { volume, next, at_unix } => self.swap_config(*volume, next, *at_unix)?,
             Mutation::RemoveVolume(id) => {
                 if let (Some(volume), true) = (self.volumes.get(id), self.attachments.contains_key(id)) {
                     return Err(MetadataError::Attached(volume.name.clone()));
@@ -204,15 +212,20 @@ impl State {
         if self.volume_by_name(&record.name).is_some() || self.volumes.contains_key(&record.id) {
             return Err(MetadataError::NameTaken(record.name.clone()));
         }
+        self.check_replicas(record)?;
+        self.volumes.insert(record.id, record.clone());
+        Ok(())
+    }
+
+    fn check_replicas(&self, record: &VolumeRecord) -> Result<(), MetadataError> {
         for (index, store) in record.replicas.iter().enumerate() {
             if !self.stores.contains_key(store) {
                 return Err(MetadataError::NoStore(*store));
             }
-            if record.replicas.iter().take(index).any(|other| other == store) {
+            if record.replicas.iter().take(index).chain(&record.leaving).any(|other| other == store) {
                 return Err(MetadataError::SameStoreTwice { name: record.name.clone(), store: *store });
             }
         }
-        self.volumes.insert(record.id, record.clone());
         Ok(())
     }
 
@@ -220,15 +233,22 @@ impl State {
         let changed = || MetadataError::Changed(expected.id);
         let current = self.volumes.get(&expected.id).ok_or_else(changed)?;
         // Targets change that at any time, and nobody else does.
-        let config = current.config.clone();
-        let as_expected = *current == VolumeRecord { config: config.clone(), ..expected.clone() };
+        let (config, left_out) = (current.config.clone(), current.left_out.clone());
+        let as_expected = *current == VolumeRecord { config: config.clone(), left_out: left_out.clone(), ..expected.clone() };
         if !as_expected || new.id != expected.id || new.config_version < expected.config_version {
             return Err(changed());
         }
         if new.phase != VolumePhase::Ready && self.attachments.contains_key(&new.id) {
             return Err(MetadataError::Attached(new.name.clone()));
         }
-        self.volumes.insert(new.id, VolumeRecord { config, ..new.clone() });
+        if new.phase == VolumePhase::Ready {
+            self.check_replicas(new)?;
+            if current.config().members.iter().any(|store| !new.replicas.contains(store)) {
+                return Err(MetadataError::StillCounts(new.name.clone()));
+            }
+        }
+        let left_out = left_out.into_iter().filter(|(store, _)| new.replicas.contains(store)).collect();
+        self.volumes.insert(new.id, VolumeRecord { config, left_out, ..new.clone() });
         Ok(())
     }
 
@@ -250,7 +270,7 @@ impl State {
         Ok(())
     }
 
-    fn swap_config(&mut self, id: VolumeId, next: &VolumeConfig) -> Result<(), MetadataError> {
+    fn swap_config(&mut self, id: VolumeId, next: &VolumeConfig, at_unix: u64) -> Result<(), MetadataError> {
         let volume = self.volumes.get_mut(&id).ok_or(MetadataError::Changed(id))?;
         let current = volume.config();
         if next.version != current.version.next() {
@@ -267,6 +287,8 @@ impl State {
         if !is_sound {
             return Err(MetadataError::BadConfig(volume.name.clone()));
         }
+        let left_out = volume.replicas.iter().filter(|store| !next.members.contains(store));
+        volume.left_out = left_out.map(|store| (*store, volume.left_out.get(store).copied().unwrap_or(at_unix))).collect();
         volume.config = Some(next.clone());
         Ok(())
     }

@@ -6,6 +6,8 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use std::collections::BTreeMap;
+
 use carrick_backing_store::{ByteLength, StoreId, Term, VolumeId, VolumeSize};
 use carrick_ctl::name::VolumeName;
 use carrick_replicator::control::VolumeConfig;
@@ -63,6 +65,15 @@ pub struct VolumeRecord {
     /// Which replicas count; `None`: all, as when it was made. Changed by [`super::Mutation::SwapConfig`] alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<VolumeConfig>,
+    /// Those of the stores whose replicas don't count, and since when, in seconds since 1970. Follows the config.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub left_out: BTreeMap<StoreId, u64>,
+    /// Those of the stores where the replica is still to be made, and the target to be told of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub joining: Vec<StoreId>,
+    /// Other stores, where a replica that was replaced is still to be deleted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub leaving: Vec<StoreId>,
 }
 
 impl VolumeRecord {

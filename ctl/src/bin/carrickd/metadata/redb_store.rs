@@ -109,7 +109,10 @@ impl Inner {
             };
             match mutation {
                 Mutation::PutStore(record) => put(STORES, record.id.to_string(), encode(record)?)?,
-                Mutation::RemoveStore(id) => remove(STORES, id.to_string())?,
+                Mutation::RemoveStore(id) => {
+                    remove(STORES, id.to_string())?;
+                    after.volumes.keys().try_for_each(|volume| put_volume(*volume))?;
+                }
                 Mutation::InsertVolume(record) => put(VOLUMES, record.id.to_string(), encode(record)?)?,
                 Mutation::ReplaceVolume { new, .. } => put_volume(new.id)?,
                 Mutation::SwapConfig { volume, .. } => put_volume(*volume)?,

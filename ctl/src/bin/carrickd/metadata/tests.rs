@@ -52,6 +52,9 @@ fn volume(number: u8, name: &str, stores: &[u8]) -> VolumeRecord {
         phase: VolumePhase::Ready,
         rebuild_rate: None,
         config: None,
+        left_out: BTreeMap::new(),
+        joining: Vec::new(),
+        leaving: Vec::new(),
         limits: Limits::default(),
     }
 }
@@ -77,10 +80,10 @@ fn example() -> Vec<Mutation> {
         Mutation::PutStore(store(1)),
         Mutation::PutStore(store(2)),
         Mutation::PutStore(store(3)),
-        Mutation::InsertVolume(volume(5, "vm1", &[1, 2, 3])),
-        Mutation::InsertVolume(doomed),
-        Mutation::InsertVolume(half),
-        Mutation::InsertVolume(volume(8, "vm2", &[3])),
+        Mutation::InsertVolume(volume(5, "vm1", &[1, 2, 3]).into()),
+        Mutation::InsertVolume(doomed.into()),
+        Mutation::InsertVolume(half.into()),
+        Mutation::InsertVolume(volume(8, "vm2", &[3]).into()),
         Mutation::PutAttachment(attachment(5, AttachmentPhase::Attached)),
         Mutation::PutAttachment(attachment(8, AttachmentPhase::Detaching { force: true })),
     ]
@@ -92,13 +95,13 @@ async fn all_rules_hold(metadata: &dyn MetadataStore) {
         apply(Mutation::PutStore(store(number))).await.unwrap();
     }
     // M1
-    apply(Mutation::InsertVolume(volume(5, "vm1", &[1, 2, 3]))).await.unwrap();
-    let taken = apply(Mutation::InsertVolume(volume(6, "vm1", &[1]))).await;
+    apply(Mutation::InsertVolume(volume(5, "vm1", &[1, 2, 3]).into())).await.unwrap();
+    let taken = apply(Mutation::InsertVolume(volume(6, "vm1", &[1]).into())).await;
     assert!(matches!(taken, Err(MetadataError::NameTaken(_))), "{taken:?}");
     // M2
-    let unknown = apply(Mutation::InsertVolume(volume(6, "vm2", &[1, 9]))).await;
+    let unknown = apply(Mutation::InsertVolume(volume(6, "vm2", &[1, 9]).into())).await;
     assert!(matches!(unknown, Err(MetadataError::NoStore(_))), "{unknown:?}");
-    let twice = apply(Mutation::InsertVolume(volume(6, "vm2", &[1, 1]))).await;
+    let twice = apply(Mutation::InsertVolume(volume(6, "vm2", &[1, 1]).into())).await;
     assert!(matches!(twice, Err(MetadataError::SameStoreTwice { .. })), "{twice:?}");
     let used = apply(Mutation::RemoveStore(store(1).id)).await;
     assert!(matches!(&used, Err(MetadataError::StoreInUse { volumes, .. }) if volumes == &["vm1"]), "{used:?}");
@@ -124,8 +127,9 @@ async fn all_rules_hold(metadata: &dyn MetadataStore) {
     assert!(matches!(not_ready, Err(MetadataError::NotReady(_))), "{not_ready:?}");
     // M5
     all_rules_of_configs_hold(metadata).await;
+    all_rules_of_replacements_hold(metadata).await;
     // A name is free again as soon as its volume is being deleted.
-    let state = apply(Mutation::InsertVolume(volume(6, "vm1", &[2]))).await.unwrap();
+    let state = apply(Mutation::InsertVolume(volume(6, "vm1", &[2]).into())).await.unwrap();
     assert_eq!(state.volume_by_name(&doomed.name).unwrap().id, volume(6, "vm1", &[2]).id);
     // Removing twice changes nothing.
     for _ in 0..2 {
@@ -138,14 +142,14 @@ async fn all_rules_hold(metadata: &dyn MetadataStore) {
 }
 
 async fn all_rules_of_configs_hold(metadata: &dyn MetadataStore) {
-    metadata.apply(Mutation::InsertVolume(volume(9, "two", &[2, 3]))).await.unwrap();
+    metadata.apply(Mutation::InsertVolume(volume(9, "two", &[2, 3]).into())).await.unwrap();
     let of = |version: u64, members: &[u8], term: u64| VolumeConfig {
         version: ConfigVersion::new(version),
         members: members.iter().map(|number| StoreId::from_bytes([*number; 16])).collect(),
         term: Term::new(term),
         attachment: Attachment::NONE,
     };
-    let swap = |next| metadata.apply(Mutation::SwapConfig { volume: VolumeId::from_bytes([9; 16]), next });
+    let swap = |next| metadata.apply(Mutation::SwapConfig { volume: VolumeId::from_bytes([9; 16]), next, at_unix: 1_700_000_003 });
     let now = || metadata.state().volumes[&VolumeId::from_bytes([9; 16])].config();
     assert_eq!(now(), of(1, &[2, 3], 0));
     for (what, refused) in [("version", of(1, &[2], 1)), ("version", of(3, &[2], 1))] {
@@ -181,6 +185,41 @@ async fn all_rules_of_configs_hold(metadata: &dyn MetadataStore) {
     swap(VolumeConfig { attachment: Attachment::new(2), ..of(6, &[3], 8) }).await.unwrap();
     metadata.apply(Mutation::RemoveAttachment(VolumeId::from_bytes([9; 16]))).await.unwrap();
     metadata.apply(Mutation::RemoveVolume(VolumeId::from_bytes([9; 16]))).await.unwrap();
+}
+
+async fn all_rules_of_replacements_hold(metadata: &dyn MetadataStore) {
+    let id = VolumeId::from_bytes([8; 16]);
+    let store = |number: u8| StoreId::from_bytes([number; 16]);
+    for number in [4, 5] {
+        let record = StoreRecord { id: store(number), ..metadata.state().stores[&store(2)].clone() };
+        metadata.apply(Mutation::PutStore(record)).await.unwrap();
+    }
+    metadata.apply(Mutation::InsertVolume(volume(8, "three", &[2, 5]).into())).await.unwrap();
+    let now = || metadata.state().volumes[&id].clone();
+    let replaced = || VolumeRecord { replicas: vec![store(2), store(4)], leaving: vec![store(5)], ..now() };
+    let replace = |new: VolumeRecord| metadata.apply(Mutation::ReplaceVolume { expected: now().into(), new: new.into() });
+    let result = replace(replaced()).await;
+    assert!(matches!(result, Err(MetadataError::StillCounts(_))), "{result:?}");
+    let alone = VolumeConfig { version: ConfigVersion::new(2), members: vec![store(2)], ..now().config() };
+    metadata.apply(Mutation::SwapConfig { volume: id, next: alone, at_unix: 70 }).await.unwrap();
+    assert_eq!(now().left_out, [(store(5), 70)].into());
+    for (what, wrong) in [
+        ("twice", VolumeRecord { replicas: vec![store(2), store(2)], ..replaced() }),
+        ("still to be deleted there", VolumeRecord { replicas: vec![store(2), store(5)], ..replaced() }),
+    ] {
+        let result = replace(wrong).await;
+        assert!(matches!(result, Err(MetadataError::SameStoreTwice { .. })), "{what}: {result:?}");
+    }
+    replace(replaced()).await.unwrap();
+    assert_eq!((now().left_out, now().leaving), (BTreeMap::new(), vec![store(5)]));
+    // The next primary writes its term down: since then the new one is known not to count.
+    let next = VolumeConfig { version: ConfigVersion::new(3), ..now().config() };
+    metadata.apply(Mutation::SwapConfig { volume: id, next, at_unix: 80 }).await.unwrap();
+    assert_eq!(now().left_out, [(store(4), 80)].into());
+    metadata.apply(Mutation::RemoveStore(store(5))).await.unwrap();
+    assert_eq!(now().leaving, [], "what was to be deleted there is gone with it");
+    metadata.apply(Mutation::RemoveVolume(id)).await.unwrap();
+    metadata.apply(Mutation::RemoveStore(store(4))).await.unwrap();
 }
 
 #[tokio::test]

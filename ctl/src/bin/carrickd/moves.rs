@@ -1,0 +1,120 @@
+//! Replacing a replica that no longer counts by one in another store.
+//!
+//! **Order:** 1. the record: the new store takes the old one's place, the new one is *joining*, the old one *leaving*; 2. the new
+//! replica; 3. the target is killed, and with its next start, milliseconds later, it knows the new store: I/O waits so long; 4. the
+//! record: nobody joins any more; 5. the old replica is deleted, when its store answers; 6. the record: nobody leaves any more. A crash
+//! anywhere is followed by the same steps again from 2 on. The new replica counts once the target has copied everything to it.
+
+use std::time::Duration;
+
+use carrick_backing_store::{ReplicaSpec, StoreId, VolumeId};
+use carrick_ctl::fault::{Fault, Reason};
+use carrick_replicator::control::MemberState;
+
+use crate::context::Context;
+use crate::control;
+use crate::metadata::{Mutation, VolumePhase, VolumeRecord};
+use crate::observed::ProcessId;
+use crate::volumes::{delete_replica, make_replica, not_found, parse_name};
+use crate::{stores, survey};
+
+/// For a store to delete a replica. It writes down that it does, and goes on by itself.
+const LEAVE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Replaces the replica in one store by one in another: the given one, or that with the most free space.
+pub async fn replace(context: &Context, name: &str, old: &str, with: Option<&str>) -> Result<VolumeId, Fault> {
+    let name = parse_name(name)?;
+    let _guard = context.locks.lock(&name).await;
+    let state = context.state();
+    let volume = state.volume_by_name(&name).ok_or_else(|| not_found(&name))?;
+    if volume.phase != VolumePhase::Ready {
+        return Err(Fault::new(Reason::VolumeNotReady, &name, format!("volume {name} is not ready yet")));
+    }
+    let old = stores::resolve(&state, old)?;
+    if !volume.replicas.contains(&old.id) {
+        let message = format!("volume {name} has no replica in store {}; see carrick volume show {name}", old.path.display());
+        return Err(Fault::invalid("store", message));
+    }
+    if volume.config().members.contains(&old.id) {
+        let message = format!(
+            "the replica of volume {name} in store {} counts: it can be replaced when it is lost for some seconds while the volume is attached",
+            old.path.display()
+        );
+        return Err(Fault::new(Reason::ReplicaCounts, &name, message));
+    }
+    let new = stores::choose_another(context, volume, with).await?;
+    let record = begin(context, volume, old.id, new).await?;
+    // The old one is deleted when its store answers: that is not for the caller to wait for.
+    join(context, record).await?;
+    Ok(volume.id)
+}
+
+/// Replaces a replica that hasn't counted for long, if it isn't just being copied. `false`: not now.
+pub async fn replace_lost(context: &Context, volume: VolumeRecord, store: StoreId) -> Result<bool, Fault> {
+    if !volume.left_out.contains_key(&store) || volume.joining.contains(&store) {
+        return Ok(true);
+    }
+    let Some(Ok(status)) = survey::targets(context, [volume.id]).await.remove(&volume.id) else { return Ok(false) };
+    let is_lost = match status.replicas.iter().find(|member| member.store == store).map(|member| member.state) {
+        Some(MemberState::Disconnected | MemberState::Refused) => true,
+        // A process that does nothing still has its connections taken by the kernel.
+        Some(MemberState::Joining) => control::replica_status(&context.run.replica_control(store)).await.is_err(),
+        _ => false,
+    };
+    if !is_lost {
+        return Ok(false);
+    }
+    let new = stores::choose_another(context, &volume, None).await?;
+    let record = begin(context, &volume, store, new).await?;
+    join(context, record).await?;
+    Ok(true)
+}
+
+async fn begin(context: &Context, volume: &VolumeRecord, old: StoreId, new: StoreId) -> Result<VolumeRecord, Fault> {
+    tracing::info!(volume = %volume.name, %old, %new, "a replica is replaced");
+    let mut record = volume.clone();
+    record.replicas.iter_mut().filter(|store| **store == old).for_each(|store| *store = new);
+    record.config_version += 1;
+    record.joining.retain(|store| *store != old);
+    record.joining.push(new);
+    record.leaving.push(old);
+    change(context, volume.clone(), record).await
+}
+
+/// Goes on with what [`begin`] wrote down. What can't be done yet is left for when its store answers.
+pub async fn go_on(context: &Context, volume: VolumeRecord) -> Result<bool, Fault> {
+    let volume = join(context, volume).await?;
+    leave(context, volume).await
+}
+
+/// Makes the new replicas, and has the target learn of them.
+async fn join(context: &Context, volume: VolumeRecord) -> Result<VolumeRecord, Fault> {
+    let spec = ReplicaSpec { volume: volume.id, size: volume.size };
+    for store in volume.joining.clone() {
+        make_replica(context, spec, store).await?;
+    }
+    if volume.joining.is_empty() {
+        return Ok(volume);
+    }
+    if let Some(target) = context.node.pidfd(ProcessId::Target(volume.id)) {
+        target.kill();
+    }
+    change(context, volume.clone(), VolumeRecord { joining: Vec::new(), ..volume }).await
+}
+
+/// Deletes the old ones. `false` if a store did not do it: it is asked again, and meanwhile others may work on the volume.
+async fn leave(context: &Context, mut volume: VolumeRecord) -> Result<bool, Fault> {
+    for store in volume.leaving.clone() {
+        if !delete_replica(context, volume.id, store, LEAVE_LIMIT).await {
+            return Ok(false);
+        }
+        let leaving = volume.leaving.iter().copied().filter(|other| *other != store).collect();
+        volume = change(context, volume.clone(), VolumeRecord { leaving, ..volume }).await?;
+    }
+    Ok(true)
+}
+
+async fn change(context: &Context, expected: VolumeRecord, new: VolumeRecord) -> Result<VolumeRecord, Fault> {
+    context.apply(Mutation::ReplaceVolume { expected: expected.into(), new: new.clone().into() }).await?;
+    Ok(new)
+}
