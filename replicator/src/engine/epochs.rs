@@ -5,7 +5,8 @@
 //! content without it. The primary tells so to each replica that has all of it; the replica remembers it as *synced*.
 //!
 //! Invariants:
-//! * A replica in sync never gives a block an earlier epoch than the one it was written in; a later one does no harm.
+//! * A replica never gives a block an earlier epoch than the one it was written in, whether it is in sync or being copied to; a later one
+//!   does no harm.
 //! * So two replicas agree wherever both carry epochs up to what one of them knows as synced, if the other is in sync: a copy may leave
 //!   these blocks out, and nothing else.
 

@@ -161,6 +161,10 @@ impl Engine {
             }
             (Stage::CopyBeginning, _) if kind == Kind::CopyBeginAnswer => {
                 self.members[index.0].stage = Stage::Copying;
+                if self.members[index.0].epoch_told < self.epochs.current {
+                    // It wasn't told of those that were raised while it began. No live write may carry an earlier one, either.
+                    self.tell_epoch(now, index, true);
+                }
                 self.send_backlog(now, index);
                 self.advance_copy(now, index);
             }

@@ -7,6 +7,7 @@
 //! passed whole), and more faults at once than the protocol is meant to survive.
 
 mod client;
+mod epochs;
 mod faults;
 mod last_one;
 mod network;
@@ -18,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use carrick_backing_store::dice::Dice;
-use carrick_backing_store::{BufferPool, PowerLoss, Term};
+use carrick_backing_store::{BufferPool, Epoch, PowerLoss, Seq, Term};
 use carrick_replicator::control::MemberState;
 use carrick_replicator::engine::{ConfigRecord, ConfigRequest, Engine, RequestTag};
 use carrick_replicator::replica::{ConnectionId, ReplicaService, ServiceAction};
@@ -129,6 +130,8 @@ struct Machine {
     rotten: bool,
     /// The highest term that it has ever told anybody to have promised.
     promised: Term,
+    /// What its next write carries.
+    epoch: Epoch,
     planted: Planted,
 }
 
@@ -170,6 +173,8 @@ pub struct World {
     /// Per member: a copy into it has begun, and nothing is known of its extent.
     copy_begun: Vec<bool>,
     coverage: Coverage,
+    /// In which epoch a term's writes were sent first.
+    written_in: BTreeMap<(Term, Seq), Epoch>,
     /// Connections that engines gave up.
     dropped: u64,
     pub log: VecDeque<String>,
@@ -191,6 +196,7 @@ impl World {
                 connections: BTreeSet::new(),
                 rotten: false,
                 promised: Term::ZERO,
+                epoch: Epoch::NEVER,
                 planted: Planted::default(),
             }
         });
@@ -223,6 +229,7 @@ impl World {
             joined: vec![false; plan.replicas],
             copy_begun: vec![false; plan.replicas],
             coverage: Coverage::default(),
+            written_in: BTreeMap::new(),
             dropped: 0,
             log: VecDeque::new(),
             plan,
@@ -457,7 +464,7 @@ impl World {
             let mut busy = false;
             busy |= self.pump_targets()?;
             for index in 0..self.machines.len() {
-                busy |= self.pump_replica(index);
+                busy |= self.pump_replica(index)?;
             }
             busy |= self.offer_requests();
             if !busy {
@@ -467,16 +474,16 @@ impl World {
         Err(format!("no rest after {ROUNDS_MAX} rounds at one moment: {}", self.describe()))
     }
 
-    fn pump_replica(&mut self, index: usize) -> bool {
+    fn pump_replica(&mut self, index: usize) -> Result<bool, String> {
         let machine = &mut self.machines[index];
         if machine.service.is_none() || machine.stopped.is_some() {
-            return false;
+            return Ok(false);
         }
         let mut completions = Vec::new();
         machine.store.reap(&mut completions);
         machine.operations -= completions.len();
         self.plant_in_completions(index, &mut completions);
-        let Some(service) = &mut self.machines[index].service else { return false };
+        let Some(service) = &mut self.machines[index].service else { return Ok(false) };
         for completion in completions {
             service.on_completion(completion);
         }
@@ -498,11 +505,12 @@ impl World {
                 }
                 ServiceAction::Store(_, token, operation) => {
                     self.machines[index].operations += 1;
+                    self.check_epoch(index, &operation)?;
                     self.submit_planted(index, token, operation);
                 }
             }
         }
-        busy
+        Ok(busy)
     }
 
     /// What happens in a store happens some time after it could.

@@ -1,7 +1,7 @@
 //! What goes wrong, and how it is mended.
 
 use carrick_backing_store::dice::Dice;
-use carrick_backing_store::{BlockIndex, PowerLoss};
+use carrick_backing_store::{BlockIndex, Epoch, PowerLoss};
 use carrick_replicator::replica::{ConnectionId, ReplicaService};
 
 use super::planted::{Bug, Planted};
@@ -92,6 +92,7 @@ impl World {
             return Err(format!("replica {index} has forgotten its promise of term {}: {found:?}", machine.promised));
         }
         machine.opening += 1;
+        machine.epoch = found.first().map_or(Epoch::NEVER, |found| found.epoch);
         machine.planted = Planted::at_start(&found);
         machine.service = Some(ReplicaService::new(machine.store.id(), found));
         if self.calm == Some(Calm::Restarting(index)) {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use carrick_backing_store::ByteLength;
+use carrick_backing_store::{ByteLength, Epoch};
 use carrick_replicator::engine::{Action, ConfigRecord, Engine, EngineConfig, MemberIndex, RequestTag};
 use carrick_replicator::replica::ConnectionId;
 use carrick_replicator::time::Monotonic;
@@ -22,6 +22,8 @@ pub(super) struct Target {
     pub(super) engine: Engine,
     /// The current connection to each member.
     pub(super) links: Vec<Option<ConnectionId>>,
+    /// The highest that it has told anybody to raise to.
+    pub(super) epoch: Epoch,
     /// When it is next told that time has passed.
     timer: Option<(Micros, u64)>,
     /// Stopped by a signal: events wait until then.
@@ -73,7 +75,7 @@ impl World {
             engine.submit(self.monotonic(), tag, pending.request);
         }
         let links = vec![None; self.machines.len()];
-        self.target = Some(Target { incarnation: self.incarnation, engine, links, timer: None, stopped_until: 0 });
+        self.target = Some(Target { incarnation: self.incarnation, engine, links, epoch: Epoch::NEVER, timer: None, stopped_until: 0 });
         self.note(format!("target {} starts", self.incarnation));
     }
 
@@ -176,6 +178,7 @@ impl World {
                 if self.is_current(incarnation) {
                     self.count_frame(member, &frame);
                 }
+                self.note_epoch(incarnation, &frame);
                 self.send(connection, frame, true);
             }
             Action::Disconnect(member) => {
