@@ -67,6 +67,13 @@ impl Disk {
         Ok(longest)
     }
 
+    /// Reads one.
+    pub fn read_block(&self, index: u64) -> std::io::Result<Vec<u8>> {
+        let mut block = Block::filled(0);
+        self.file.read_exact_at(block.bytes(), index * BLOCK as u64)?;
+        Ok(block.bytes().to_vec())
+    }
+
     /// Reads them back.
     pub fn check_blocks(&self, first: u64, count: u64, value: u8) -> anyhow::Result<Duration> {
         let mut longest = Duration::ZERO;

@@ -11,9 +11,11 @@ use anyhow::{Context, ensure};
 use carrick_backing_store::dice::Dice;
 
 use super::nodes::{Nodes, VOLUME};
+use crate::disk::Disk;
 use crate::fio::Fio;
 use crate::replicas::identical;
 use crate::report::{Found, Plan};
+use crate::site::Site;
 use crate::store::program::check;
 
 const BLOCK: u64 = 4096;
@@ -27,6 +29,8 @@ const FIO_OFFSET: usize = 16;
 const EVERY: u64 = 4;
 /// A replica is asked for a third of the reads, at random: no request stays unread for so many passes.
 const PASSES_MAX: usize = 80;
+/// What a read of what can't be had ends with.
+const EIO: i32 = rustix::io::Errno::IO.raw_os_error();
 /// What the store does after a load is done after this.
 const SETTLED: Duration = Duration::from_secs(4);
 
@@ -70,7 +74,10 @@ fn fio(nodes: &Nodes, mib: u64, options: &[&str]) -> anyhow::Result<()> {
 /// Damages some of the blocks in a store's file, each in another way; how many.
 fn damage(blocks: &Path, plan: &Plan) -> anyhow::Result<u64> {
     let file = File::options().read(true).write(true).open(blocks).with_context(|| format!("opening {}", blocks.display()))?;
-    let requests = find(&file)?;
+    let mut requests: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
+    for (offset, place) in find(&file)? {
+        requests.entry(offset / REQUEST).or_default().push(place);
+    }
     let mut dice = Dice::new(plan.seed);
     let mut damaged = 0;
     for (request, places) in requests.iter().filter(|(request, _)| *request % EVERY == 0) {
@@ -94,9 +101,9 @@ fn damage(blocks: &Path, plan: &Plan) -> anyhow::Result<u64> {
     Ok(damaged)
 }
 
-/// Where the blocks of each of fio's requests are in a store's file.
-fn find(file: &File) -> anyhow::Result<BTreeMap<u64, Vec<u64>>> {
-    let mut requests: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
+/// Where the blocks that fio wrote are in a store's file: the offset of each in the volume, and its place.
+fn find(file: &File) -> anyhow::Result<Vec<(u64, u64)>> {
+    let mut found = Vec::new();
     let mut piece = vec![0; 1 << 20];
     for start in (0..file.metadata()?.len()).step_by(piece.len()) {
         let length = file.read_at(&mut piece, start)?;
@@ -104,9 +111,66 @@ fn find(file: &File) -> anyhow::Result<BTreeMap<u64, Vec<u64>>> {
             let number =
                 |from: usize, bytes: usize| block[from..from + bytes].iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
             if block[..2] == FIO_MAGIC && number(FIO_LENGTH, 4) == BLOCK {
-                requests.entry(number(FIO_OFFSET, 8) / REQUEST).or_default().push(at);
+                found.push((number(FIO_OFFSET, 8), at));
             }
         }
     }
-    Ok(requests)
+    Ok(found)
+}
+
+/// Fills the block at this offset of the volume with zeros, wherever it is in these stores; in how many places.
+fn zero(site: &Site, stores: &[&str], offset: u64) -> anyhow::Result<usize> {
+    let mut places = 0;
+    for store in stores {
+        let file = File::options().read(true).write(true).open(site.path(store).join("blocks"))?;
+        for (_, place) in find(&file)?.into_iter().filter(|(found, _)| *found == offset) {
+            file.write_all_at(&[0; BLOCK as usize], place)?;
+            places += 1;
+        }
+        file.sync_all()?;
+    }
+    Ok(places)
+}
+
+/// Damage in all copies of a block, and in one of two.
+pub fn every_copy(_: &Plan) -> Found {
+    const ALL: u64 = 17 * BLOCK;
+    const ONE: u64 = 300 * BLOCK;
+    let site = Site::with_stores(2)?;
+    site.carrick(&["volume", "create", "vm1", "--size", "64M", "--replicas", "2"])?;
+    let device = site.attach("vm1", &[])?;
+    let write = |size: &str, offset: &str| {
+        let options = ["--rw=write", "--do_verify=0", "--verify=crc32c", "--verify_interval=4096", "--bs=64k", size, offset];
+        Fio::start(&device, &options)?.finish().map(drop)
+    };
+    write("--size=4M", "--offset=0")?;
+    sleep(SETTLED);
+    let both = zero(&site, &["store0", "store1"], ALL)?;
+    let one = zero(&site, &["store0"], ONE)?;
+    ensure!((both, one) == (2, 1), "block {ALL} was found {both} times in two stores, block {ONE} {one} times in one");
+    let disk = Disk::open(&device)?;
+    // Each replica is read first now and then.
+    for _ in 0..16 {
+        let error = disk.read_block(ALL / BLOCK).err().context("a block that is damaged everywhere was read without an error")?;
+        ensure!(error.raw_os_error() == Some(EIO), "reading a block that is damaged everywhere: {error}");
+        let healed = disk.read_block(ONE / BLOCK).context("reading a block that is damaged in one copy")?;
+        ensure!(healed[..2] == FIO_MAGIC, "a block that is damaged in one copy was read wrong");
+        let beside = disk.read_block(ALL / BLOCK + 1).context("reading beside a damaged block")?;
+        ensure!(beside[..2] == FIO_MAGIC, "beside a damaged block something wrong was read");
+    }
+    let repaired = site.carrick(&["volume", "show", "vm1"])?["attachment"]["repaired_reads"].as_u64();
+    ensure!(repaired == Some(1), "{repaired:?} reads were repaired, one block was damaged in one copy");
+    write("--size=64k", "--offset=64k")?;
+    ensure!(disk.read_block(ALL / BLOCK)?[..2] == FIO_MAGIC, "what was written over a damaged block was read wrong");
+    drop(disk);
+    site.detach("vm1")?;
+    let bytes = identical(&site, "vm1")?;
+    site.carrick(&["shutdown"])?;
+    for store in ["store0", "store1"] {
+        check(&site.path(store))?;
+    }
+    Ok(format!(
+        "damaged in both copies: an I/O error each of 16 times, until it was overwritten; in one of two: read right, repaired once; \
+         {bytes} bytes the same on both, check --data: 0 faults"
+    ))
 }

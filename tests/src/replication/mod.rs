@@ -118,6 +118,11 @@ pub fn items() -> Vec<Item> {
             run: disk_faults::power_cuts,
         },
         Item {
+            name: "all-copies",
+            promise: "a block damaged in all copies: an I/O error, never wrong bytes, until it is overwritten; in one of two: read and healed",
+            run: damage::every_copy,
+        },
+        Item {
             name: "full",
             promise: "a full file system under one replica: longest request at most 3 s, no error; with room again it is in sync",
             run: disk_faults::full,
