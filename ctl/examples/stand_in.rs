@@ -247,6 +247,7 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
                 state: if serving { MemberState::InSync } else { MemberState::Disconnected },
                 counts: true,
                 copied: None,
+                seconds_left: None,
                 last_error: None,
             };
             Ok(TargetAnswer::Status(TargetStatus {

@@ -229,6 +229,9 @@ pub struct MemberReport {
     pub counts: bool,
     /// Bytes copied so far and in all, while copying.
     pub copied: Option<(ByteLength, ByteLength)>,
+    /// While copying: how many seconds that still takes, if it goes on as it did.
+    #[serde(default)]
+    pub seconds_left: Option<u64>,
     /// The last thing that went wrong with it, in words.
     pub last_error: Option<String>,
 }

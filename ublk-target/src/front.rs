@@ -170,6 +170,7 @@ impl TargetFrontEnd {
                     state: member.state,
                     counts: member.counts,
                     copied: member.copied,
+                    seconds_left: member.time_left.map(|left| left.as_secs()),
                     last_error: member.last_error,
                 })
                 .collect(),

@@ -5,6 +5,7 @@
 //! never overwrites a newer write.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::time::Duration;
 
 use carrick_backing_store::{ByteLength, ByteOffset, Content, Extent, Seq, Synced, VolumeSize};
 
@@ -18,6 +19,8 @@ use crate::wire::{Body, Flags, Frame, Header, Kind};
 
 /// Bytes of one chunk: one frame's worth, so that a hole costs one round trip per MiB.
 const CHUNK: u64 = 1 << 20;
+/// In the first moments nobody can tell how long a copy takes.
+const TOO_EARLY: Duration = Duration::from_secs(1);
 /// What changed is asked for while fewer ranges wait: a quarter of the longest answer.
 const RANGES_AHEAD: usize = 512;
 
@@ -36,6 +39,10 @@ pub(super) struct Copy {
     done: u64,
     /// What was done at the last mark.
     marked: u64,
+    /// When it began, and how far it was then: an earlier one may have been interrupted.
+    began: Option<(Monotonic, ByteLength)>,
+    /// When something of it was done last.
+    latest: Monotonic,
 }
 
 impl Copy {
@@ -49,6 +56,8 @@ impl Copy {
             total: 0,
             done: 0,
             marked: 0,
+            began: None,
+            latest: Monotonic::default(),
         };
         copy.add(extents);
         copy.total = copy.ranges.iter().map(|extent| extent.length().get()).sum();
@@ -89,6 +98,20 @@ impl Copy {
             Some(_) => (ByteLength::new(self.border().get()), ByteLength::new(self.end.get())),
             None => (ByteLength::new(self.done), ByteLength::new(self.total)),
         }
+    }
+
+    fn note_time(&mut self, now: Monotonic) {
+        self.began.get_or_insert((now, self.progress().0));
+        self.latest = now;
+    }
+
+    /// How long it takes from its latest step on, if it goes on as it went so far.
+    pub(super) fn time_left(&self) -> Option<Duration> {
+        let ((began, from), (at, total)) = (self.began?, self.progress());
+        let took = self.latest.since(began);
+        let did = at.get().checked_sub(from.get()).filter(|did| *did > 0 && took >= TOO_EARLY)?;
+        let left = took.as_micros() * u128::from(total.get().saturating_sub(at.get())) / u128::from(did);
+        u64::try_from(left).ok().map(Duration::from_micros)
     }
 
     fn next_chunk(&mut self, under_way_max: usize) -> Option<Extent> {
@@ -138,6 +161,9 @@ pub(super) fn span(start: ByteOffset, end: ByteOffset) -> Extent {
 impl Engine {
     /// Starts the next chunks of a copy, or ends it.
     pub(super) fn advance_copy(&mut self, now: Monotonic, destination: MemberIndex) {
+        if let Some(copy) = &mut self.members[destination.0].copy {
+            copy.note_time(now);
+        }
         self.ask_changed(now, destination, Side::Destination);
         self.ask_changed(now, destination, Side::Source);
         while let most = self.chunks_max(now)
@@ -342,7 +368,9 @@ impl Engine {
             return;
         }
         for index in self.member_indices() {
-            if !self.members[index.0].in_sync && self.may_destroy(index) {
+            // What it has is all there is, for somebody who gives the others up, as long as there is nobody to copy from.
+            let has_source = self.member_indices().any(|other| other != index && self.members[other.0].is_joined());
+            if !self.members[index.0].in_sync && has_source && self.may_destroy(index) {
                 let base = self.backlog.last();
                 let size = self.config.size;
                 let member = &mut self.members[index.0];
@@ -364,6 +392,24 @@ mod tests {
 
     fn extent(offset: u64, length: u64) -> Extent {
         Extent::new(ByteOffset::new(offset), ByteLength::new(length)).unwrap()
+    }
+
+    #[test]
+    fn the_time_left_follows_what_was_done_so_far() {
+        let begin = Monotonic::default();
+        let mut copy = Copy::of([extent(0, 100 * CHUNK)]);
+        copy.done = 20 * CHUNK;
+        copy.note_time(begin);
+        assert_eq!(copy.time_left(), None, "an earlier copy's work says nothing");
+        copy.done = 30 * CHUNK;
+        copy.note_time(begin + Duration::from_millis(500));
+        assert_eq!(copy.time_left(), None, "too early to tell");
+        copy.done = 40 * CHUNK;
+        copy.note_time(begin + Duration::from_secs(2));
+        assert_eq!(copy.time_left(), Some(Duration::from_secs(6)), "20 chunks took 2 s, 60 are left");
+        copy.done = 100 * CHUNK;
+        copy.note_time(begin + Duration::from_secs(8));
+        assert_eq!(copy.time_left(), Some(Duration::ZERO));
     }
 
     #[test]

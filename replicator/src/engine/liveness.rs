@@ -57,10 +57,9 @@ impl Engine {
             let missed = self.missed_at(index).map(|at| at.filter(|_| self.may_leave_behind(index)));
             [own, missed[0], missed[1]]
         });
-        let read = self.read_times.front().map(|(at, _)| *at + self.config.replica_timeout);
         members
             .flatten()
-            .chain(read)
+            .chain(self.read_deadline())
             .chain(self.gather_deadline())
             .chain(self.config_deadline())
             .chain(self.stall_deadline)
@@ -108,31 +107,6 @@ impl Engine {
         member.pinged = true;
         if owed {
             member.quiet_since = quiet_since;
-        }
-    }
-
-    /// Reads that a replica holds back although it lives (its disk hangs) are asked of another.
-    fn expire_reads(&mut self, now: Monotonic) {
-        while let Some((at, request)) = self.read_times.front().copied() {
-            let waiting = self.outstanding.get(&request);
-            if waiting.is_some() && now < at + self.config.replica_timeout {
-                return;
-            }
-            self.read_times.pop_front();
-            let Some((member, Outstanding::Read { job, .. })) = waiting.copied() else { continue };
-            self.note_read_time(now, member, at);
-            let others = self.member_indices().any(|index| index != member && self.members[index.0].is_joined());
-            if others {
-                // It still owes the answer, which keeps further reads away from it.
-                self.outstanding.insert(request, (member, Outstanding::Abandoned));
-                let reason = format!("a read waited for {} ms", self.config.replica_timeout.as_millis());
-                self.members[member.0].last_error = Some(reason);
-                self.slow_reader = Some(member);
-                self.read(now, job);
-                self.slow_reader = None;
-            } else {
-                self.read_times.push_back((now, request));
-            }
         }
     }
 

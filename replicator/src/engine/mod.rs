@@ -28,6 +28,7 @@ mod requests;
 mod session;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
 pub use api::{Action, EngineConfig, MemberIndex, ReadBytes, Request, RequestError, RequestTag, Response};
 use backlog::Backlog;
@@ -112,6 +113,8 @@ pub struct MemberStatus {
     pub counts: bool,
     /// Bytes copied so far and in all, while copying.
     pub copied: Option<(ByteLength, ByteLength)>,
+    /// While copying: how long that still takes, if it goes on as it did.
+    pub time_left: Option<Duration>,
     /// The last thing that went wrong with it, in words.
     pub last_error: Option<String>,
 }
@@ -146,15 +149,11 @@ pub struct Engine {
     chunks: BTreeMap<(MemberIndex, ByteOffset), Extent>,
     outstanding: BTreeMap<RequestId, (MemberIndex, Outstanding)>,
     next_request: RequestId,
-    /// When each read was asked for, oldest first; requests that are no longer outstanding are skipped.
-    read_times: VecDeque<(Monotonic, RequestId)>,
     stalled_reads: Vec<JobId>,
     stalled_chunks: Vec<(MemberIndex, Extent)>,
     /// Copies into these found nobody to ask what changed.
     stalled_copies: Vec<MemberIndex>,
     stall_deadline: Option<Monotonic>,
-    /// The member that a read is being taken away from.
-    slow_reader: Option<MemberIndex>,
     readers: Readers,
     repaired: u64,
     copied: ByteLength,
@@ -196,12 +195,10 @@ impl Engine {
             chunks: BTreeMap::new(),
             outstanding: BTreeMap::new(),
             next_request: RequestId(1),
-            read_times: VecDeque::new(),
             stalled_reads: Vec::new(),
             stalled_chunks: Vec::new(),
             stalled_copies: Vec::new(),
             stall_deadline: None,
-            slow_reader: None,
             readers: Readers::default(),
             repaired: 0,
             copied: ByteLength::ZERO,
@@ -262,6 +259,7 @@ impl Engine {
             state: member.state(),
             counts: voters.contains(MemberIndex(index)),
             copied: member.copy.as_ref().map(copy::Copy::progress),
+            time_left: member.copy.as_ref().and_then(copy::Copy::time_left),
             last_error: member.last_error.clone(),
         };
         self.members.iter().enumerate().map(status).collect()

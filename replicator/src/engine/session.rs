@@ -91,9 +91,7 @@ impl Engine {
             Outstanding::Read { .. } | Outstanding::Abandoned | Outstanding::CopyRead { .. } => member.reads -= 1,
             _ => member.answers -= 1,
         }
-        while self.read_times.front().is_some_and(|(_, request)| !self.outstanding.contains_key(request)) {
-            self.read_times.pop_front();
-        }
+        self.trim_read_times();
         Some(outstanding)
     }
 

@@ -29,12 +29,16 @@ pub struct Coverage {
     pub power_losses_everywhere: u64,
     pub failed_syncs: u64,
     pub rotten: u64,
+    /// Reads that were asked of another replica since the first was slow.
+    pub hedged: u64,
     /// Damaged reads that another replica answered.
     pub repaired: u64,
     /// Configs with fewer members, with more, and with a single one of several replicas.
     pub left_out: u64,
     pub taken_in: u64,
     pub down_to_one: u64,
+    /// Replicas that were replaced by new ones.
+    pub renewed: u64,
     /// Configs that a primary was not told of.
     pub configs_untold: u64,
     pub stores: StoreCounts,
@@ -46,6 +50,7 @@ impl Coverage {
         self.copied_bytes += engine.copied().get();
         self.copied_anything += u64::from(engine.copied().get() > 0);
         self.repaired += engine.repaired();
+        self.hedged += engine.hedged();
     }
 
     pub fn add_store(&mut self, counts: StoreCounts) {
@@ -66,7 +71,7 @@ impl Coverage {
         self.numbers().into_iter().filter(|(_, number)| **number == 0).map(|(name, _)| name).collect()
     }
 
-    fn numbers(&mut self) -> [(&'static str, &mut u64); 22] {
+    fn numbers(&mut self) -> [(&'static str, &mut u64); 24] {
         [
             ("runs", &mut self.runs),
             ("target starts", &mut self.target_starts),
@@ -80,11 +85,13 @@ impl Coverage {
             ("power losses of one", &mut self.power_losses),
             ("power losses of all", &mut self.power_losses_everywhere),
             ("failed syncs", &mut self.failed_syncs),
+            ("reads hedged", &mut self.hedged),
             ("rotten blocks", &mut self.rotten),
             ("damaged reads repaired", &mut self.repaired),
             ("replicas left out", &mut self.left_out),
             ("replicas taken in", &mut self.taken_in),
             ("configs of one", &mut self.down_to_one),
+            ("replicas renewed", &mut self.renewed),
             ("configs untold", &mut self.configs_untold),
             ("stores reopened", &mut self.stores.reopened),
             ("openings interrupted", &mut self.stores.interrupted),

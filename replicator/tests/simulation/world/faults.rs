@@ -1,12 +1,13 @@
 //! What goes wrong, and how it is mended.
 
 use carrick_backing_store::dice::Dice;
-use carrick_backing_store::{BlockIndex, Epoch, PowerLoss};
+use carrick_backing_store::{BlockIndex, Epoch, PowerLoss, Term};
+use carrick_replicator::engine::MemberIndex;
 use carrick_replicator::replica::{ConnectionId, ReplicaService};
 
 use super::planted::{Bug, Planted};
 use super::{Event, MILLISECOND, Micros, SECOND, World};
-use crate::machine_store::BLOCKS;
+use crate::machine_store::{BLOCKS, machine_store};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FaultKind {
@@ -23,6 +24,8 @@ pub(super) enum FaultKind {
     LastOne,
     /// The metadata store can't be reached for a while.
     LoseRecords,
+    /// A replica that doesn't count is replaced by one that has nothing.
+    Renew,
     /// Of one machine.
     Power,
     PowerEverywhere,
@@ -30,7 +33,7 @@ pub(super) enum FaultKind {
     Rot,
 }
 
-const ALWAYS: [FaultKind; 9] = [
+const ALWAYS: [FaultKind; 10] = [
     FaultKind::KillReplica,
     FaultKind::StopReplica,
     FaultKind::BreakConnection,
@@ -40,6 +43,7 @@ const ALWAYS: [FaultKind; 9] = [
     FaultKind::Part,
     FaultKind::LastOne,
     FaultKind::LoseRecords,
+    FaultKind::Renew,
 ];
 const LOSSES: [FaultKind; 3] = [FaultKind::Power, FaultKind::PowerEverywhere, FaultKind::FailSync];
 
@@ -147,6 +151,7 @@ impl World {
                 self.records_away = self.now + self.dice.skewed(8 * SECOND);
                 self.note("the metadata store can't be reached".to_owned());
             }
+            FaultKind::Renew => self.renew(index),
             FaultKind::PowerEverywhere => self.power_fails_everywhere(),
             FaultKind::Power if self.is_peaceful() => {
                 self.kill_replica(index, PowerLoss::Yes);
@@ -163,6 +168,24 @@ impl World {
             FaultKind::Rot if self.is_peaceful() => self.rot(index),
             FaultKind::Power | FaultKind::FailSync | FaultKind::Rot => {}
         }
+    }
+
+    /// What is done with a replica that is lost for good: another takes its place, of which the next target learns.
+    fn renew(&mut self, index: usize) {
+        if self.record.members.contains(MemberIndex(index)) {
+            return;
+        }
+        self.note(format!("replica {index} is replaced by a new one"));
+        self.coverage.renewed += 1;
+        self.kill_replica(index, PowerLoss::No);
+        let machine = &mut self.machines[index];
+        self.coverage.add_store(machine.store.counts());
+        machine.store = machine_store(self.plan.store, index, self.dice.number(), false);
+        (machine.promised, machine.rotten) = (Term::ZERO, false);
+        machine.opening += 1;
+        // Whoever still wants to take the old one in names a store that the volume no longer has.
+        self.record.version = self.record.version.next();
+        self.kill_target();
     }
 
     fn break_connection(&mut self, index: usize) {
