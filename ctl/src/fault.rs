@@ -92,6 +92,8 @@ reasons! {
     VolumeNotReady = "VOLUME_NOT_READY", FailedPrecondition, Precondition;
     /// Somebody has the device open.
     DeviceBusy = "DEVICE_BUSY", FailedPrecondition, Precondition;
+    /// The replicas that count are there.
+    NothingToSalvage = "NOTHING_TO_SALVAGE", FailedPrecondition, Precondition;
     /// The replica counts, so it can't be replaced.
     ReplicaCounts = "REPLICA_COUNTS", FailedPrecondition, Precondition;
     /// A volume has a replica on the store.

@@ -117,6 +117,44 @@ fn a_replica_that_no_longer_counts_is_replaced_in_another_store() {
 }
 
 #[test]
+fn a_volume_whose_counting_replicas_are_lost_is_salvaged_only_if_that_is_said() {
+    let node = Node::new(3);
+    let volume = node.carrick(&["volume", "create", "vm1", "--size", "1G", "--replicas", "2"]).ok();
+    let stores: Vec<&str> = volume["replicas"].as_array().unwrap().iter().map(|replica| replica["store"].as_str().unwrap()).collect();
+    let salvage = |from: &str| node.carrick(&["volume", "salvage", "vm1", "--from", from, "--give-up-the-rest"]);
+    let message = node.carrick(&["volume", "salvage", "vm1", "--from", stores[0]]).fails(2, "INVALID_FIELD");
+    assert!(message.contains("lost for ever") && message.contains("--give-up-the-rest"), "{message}");
+    let message = salvage(stores[0]).fails(5, "NOTHING_TO_SALVAGE");
+    assert!(message.contains("2 of the 2 replicas"), "{message}");
+    salvage("/nonexistent").fails(3, "STORE_NOT_FOUND");
+    let other = (0..3).map(|number| node.store_path(number)).find(|path| {
+        let id = node.carrick(&["store", "show", path.to_str().unwrap()]).ok()["id"].as_str().unwrap().to_owned();
+        !stores.contains(&id.as_str())
+    });
+    salvage(other.unwrap().to_str().unwrap()).fails(2, "INVALID_FIELD");
+
+    // One of the two is gone: nobody can say that the other has everything.
+    let processes = node.carrick(&["status"]).ok()["processes"].clone();
+    let lost = processes.as_array().unwrap().iter().find(|process| process["subject"] == stores[1]).unwrap();
+    signal(u32::try_from(lost["pid"].as_u64().unwrap()).unwrap(), Signal::STOP);
+    let shown = salvage(stores[0]).ok();
+    assert_eq!(shown["replicas"].as_array().unwrap().len(), 1);
+    assert_eq!(shown["salvages"][0]["given_up_stores"].as_array().unwrap().len(), 1);
+    assert_eq!(shown["leaving_stores"].as_array().unwrap().len(), 1);
+    signal(u32::try_from(lost["pid"].as_u64().unwrap()).unwrap(), Signal::CONT);
+    node.wait_for("the other replica to be deleted", |node| {
+        let shown = node.carrick(&["volume", "show", "vm1"]).ok();
+        shown["leaving_stores"].as_array().is_none_or(Vec::is_empty).then_some(())
+    });
+    assert_eq!((0..3).map(|store| node.replicas_in(store)).sum::<usize>(), 1);
+    // With more replicas it is as before.
+    assert_eq!(node.carrick(&["volume", "add-replica", "vm1"]).ok()["replicas"].as_array().unwrap().len(), 2);
+    let shown = node.carrick(&["volume", "add-replica", "vm1"]).ok();
+    assert_eq!(shown["replicas"].as_array().unwrap().iter().filter(|replica| replica["counts"] == true).count(), 1);
+    node.carrick(&["volume", "add-replica", "vm1"]).fails(5, "TOO_FEW_STORES");
+}
+
+#[test]
 fn a_rebuild_rate_is_set_shown_kept_and_lifted() {
     let mut node = Node::new(3);
     node.carrick(&["volume", "create", "vm1", "--size", "1G"]).ok();

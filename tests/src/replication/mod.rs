@@ -53,6 +53,11 @@ pub fn items() -> Vec<Item> {
             run: survivors::daemon_away,
         },
         Item {
+            name: "salvage",
+            promise: "only a stale replica left: on the operator's word it becomes the volume; what was given up is written down, and not mixed in",
+            run: survivors::salvage,
+        },
+        Item {
             name: "replace",
             promise: "50 replicas lost one after the other, each replaced in another store, with data carried from lap to lap; none lost",
             run: replace::again_and_again,
@@ -113,14 +118,14 @@ pub fn items() -> Vec<Item> {
             run: damage::silent,
         },
         Item {
-            name: "power-cut",
-            promise: "a replica's disk that drops writes until its process is killed: nothing wrong in fio verify, all replicas the same",
-            run: disk_faults::power_cuts,
-        },
-        Item {
             name: "all-copies",
             promise: "a block damaged in all copies: an I/O error, never wrong bytes, until it is overwritten; in one of two: read and healed",
             run: damage::every_copy,
+        },
+        Item {
+            name: "power-cut",
+            promise: "a replica's disk that drops writes until its process is killed: nothing wrong in fio verify, all replicas the same",
+            run: disk_faults::power_cuts,
         },
         Item {
             name: "full",

@@ -108,6 +108,49 @@ pub fn never_split(_: &Plan) -> Found {
     Ok(format!("active only with the one that has it; before that: {said:?}; then {bytes} bytes the same on both"))
 }
 
+pub fn salvage(_: &Plan) -> Found {
+    let site = Site::with_stores(3)?;
+    site.carrick(&["volume", "create", VOLUME, "--size", "64M", "--replicas", "2"])?;
+    let device = site.attach(VOLUME, &[])?;
+    let disk = Disk::open(&device)?;
+    disk.write_blocks(0, BLOCKS, 1)?;
+    wait_counting(&site, &[true; 2])?;
+    let replicas = show(&site)?["replicas"].clone();
+    let store = |index: usize| replicas[index]["store"].as_str().context("a replica without store");
+    let processes = site.processes()?;
+    let pid = |index: usize| {
+        let store = store(index)?;
+        processes.iter().find(|process| process.subject == store).map(|process| process.pid).context("a store that isn't served")
+    };
+    // The first falls behind; then the second, which has everything, is lost for good.
+    signal(pid(0)?, Signal::STOP)?;
+    disk.write_blocks(0, BLOCKS / 2, 2)?;
+    wait_counting(&site, &[false, true])?;
+    signal(pid(1)?, Signal::STOP)?;
+    let salvage = ["volume", "salvage", VOLUME, "--from", store(0)?];
+    site.refused(&salvage, 2, "INVALID_FIELD")?;
+    let salvage = [&salvage[..], &["--give-up-the-rest"]].concat();
+    site.refused(&salvage, 1, "REPLICA_FAILED")?;
+    signal(pid(0)?, Signal::CONT)?;
+    let said = wait_for("the salvage", SOON, || Ok(site.try_carrick(&salvage)?.ok()))?["salvages"][0].to_string();
+    wait_for("the volume to be active", SOON, || Ok((show(&site)?["attachment"]["phase"] == "serving").then_some(())))?;
+    // What the first has: a prefix of what was written, which it was told last.
+    disk.check_blocks(BLOCKS / 2, BLOCKS / 2, 1)?;
+    disk.write_blocks(0, BLOCKS, 3)?;
+    // The one that was given up comes back with something else, and is not asked.
+    signal(pid(1)?, Signal::CONT)?;
+    wait_for("its replica to be deleted", SOON, || Ok(show(&site)?["leaving_stores"].as_array().is_none_or(Vec::is_empty).then_some(())))?;
+    site.carrick(&["volume", "add-replica", VOLUME, "--with", store(1)?])?;
+    wait_counting(&site, &[true; 2])?;
+    disk.check_blocks(0, BLOCKS, 3)?;
+    drop(disk);
+    site.detach(VOLUME)?;
+    let bytes = identical(&site, VOLUME)?;
+    Ok(format!(
+        "refused until said twice; then active with what the stale one has, and written down: {said}; {bytes} bytes the same on both"
+    ))
+}
+
 pub fn daemon_away(_: &Plan) -> Found {
     let mut site = Site::with_stores(2)?;
     site.carrick(&["volume", "create", VOLUME, "--size", "64M", "--replicas", "2"])?;

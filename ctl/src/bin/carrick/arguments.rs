@@ -152,6 +152,25 @@ pub enum VolumeCommand {
         #[arg(long, value_name = "STORE")]
         with: Option<String>,
     },
+    /// Give a volume one more replica
+    AddReplica {
+        /// The volume's name
+        name: String,
+        /// The store that gets it [default: of the others, that with the most free space]
+        #[arg(long, value_name = "STORE")]
+        with: Option<String>,
+    },
+    /// The last resort when the replicas that count are gone for good: make another one the volume
+    Salvage {
+        /// The volume's name
+        name: String,
+        /// The store whose replica becomes the volume
+        #[arg(long, value_name = "STORE")]
+        from: String,
+        /// What only the other replicas have is lost for ever; they are deleted when their stores are back
+        #[arg(long)]
+        give_up_the_rest: bool,
+    },
     /// Delete a volume with its data
     Delete {
         /// Its name

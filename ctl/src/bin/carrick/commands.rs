@@ -107,6 +107,15 @@ async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Res
             let answer = volumes.replace_replica(change(v1::ReplaceReplicaRequest { name, store, with })).await?.into_inner();
             output.show(&answer.volume.unwrap_or_default(), words::volume)
         }
+        VolumeCommand::AddReplica { name, with } => {
+            let answer = volumes.add_replica(change(v1::AddReplicaRequest { name, with })).await?.into_inner();
+            output.show(&answer.volume.unwrap_or_default(), words::volume)
+        }
+        VolumeCommand::Salvage { name, from, give_up_the_rest } => {
+            let request = v1::SalvageVolumeRequest { name, from, give_up_the_rest };
+            let answer = volumes.salvage_volume(change(request)).await?.into_inner();
+            output.show(&answer.volume.unwrap_or_default(), words::volume)
+        }
         VolumeCommand::Delete { name } => {
             let answer = volumes.delete_volume(change(v1::DeleteVolumeRequest { name })).await?.into_inner();
             output.show(&answer, |answer| match answer.pending_stores.as_slice() {

@@ -1,6 +1,7 @@
 //! What the daemon answers, for people.
 
 use std::fmt::Write;
+use std::time::SystemTime;
 
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1::{
@@ -150,6 +151,11 @@ pub fn volume(volume: &Volume) -> String {
         delays(volume, attachment).into_iter().for_each(|what| line("delayed", &what));
         attachment.waiting_for.as_deref().into_iter().for_each(|what| line("waits for", what));
         attachment.problem.as_deref().into_iter().for_each(|what| line("problem", what));
+    }
+    for salvage in &volume.salvages {
+        let given_up = salvage.given_up_stores.join(", ");
+        let ago = rough_time(unix_now().saturating_sub(salvage.at_unix));
+        line("SALVAGED", &format!("{ago} ago from {}; what only {given_up} had is lost", salvage.from_store));
     }
     for store in &volume.leaving_stores {
         line("leaves", &format!("{store}: the replica there was replaced, and is deleted when the store is back"));
@@ -310,13 +316,30 @@ fn replica_stage(replica: &Replica) -> String {
         ReplicaState::Joining => "joining".into(),
         ReplicaState::InSync => "in sync".into(),
         ReplicaState::Copying => match (replica.copied_bytes, replica.copy_total_bytes) {
-            (Some(copied), Some(total)) if total > 0 => format!("copying {} %", u128::from(copied) * 100 / u128::from(total)),
+            (Some(copied), Some(total)) if total > 0 => {
+                let left = replica.copy_seconds_left.map_or(String::new(), |seconds| format!(", about {} left", rough_time(seconds)));
+                format!("copying {} %{left}", u128::from(copied) * 100 / u128::from(total))
+            }
             _ => "copying".into(),
         },
         ReplicaState::Behind => "behind".into(),
         ReplicaState::Refused => "refused".into(),
         ReplicaState::Missing => "missing".into(),
     }
+}
+
+/// As precise as a guess may be.
+fn rough_time(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..7200 => format!("{} min", seconds / 60),
+        7200..172_800 => format!("{} h", seconds / 3600),
+        _ => format!("{} days", seconds / 86_400),
+    }
+}
+
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 fn short(id: &str) -> String {
@@ -334,6 +357,8 @@ fn uptime(seconds: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use carrick_ctl::v1::Salvage;
+
     use super::*;
 
     fn replica(state: ReplicaState, copied: Option<(u64, u64)>) -> Replica {
@@ -343,6 +368,7 @@ mod tests {
             state: state.into(),
             copied_bytes: copied.map(|copied| copied.0),
             copy_total_bytes: copied.map(|copied| copied.1),
+            copy_seconds_left: copied.map(|_| 200),
             last_error: None,
             counts: true,
         }
@@ -381,16 +407,18 @@ mod tests {
             ],
             attachment: Some(attachment),
             leaving_stores: vec!["/srv/old".into()],
+            salvages: vec![Salvage { at_unix: 1_700_000_000, from_store: "/srv/a".into(), given_up_stores: vec!["/srv/b".into()] }],
         };
         assert_eq!(
             volumes(std::slice::from_ref(&shown)),
-            "NAME  SIZE    STATE     DEVICE       REPLICAS\nvm1   20 GiB  attached  /dev/ublkb0  2 in sync, 1 copying 40 %\n"
+            "NAME  SIZE    STATE     DEVICE       REPLICAS\nvm1   20 GiB  attached  /dev/ublkb0  2 in sync, 1 copying 40 %, about 3 min left\n"
         );
         let text = volume(&shown);
         assert!(text.contains("state       attached\n"), "{text}");
         for line in [
             "requests    500 a second at most, 500 more at once after a pause\n",
             "bandwidth   50 MiB a second at most, 1 GiB more at once after a pause\n",
+            " days ago from /srv/a; what only /srv/b had is lost\n",
             "leaves      /srv/old: the replica there was replaced, and is deleted when the store is back\n",
             "delayed     4 requests waited for these limits, 12.5 ms on average; 7 wait now\n",
         ] {
@@ -399,9 +427,12 @@ mod tests {
         let free = Volume { iops: 0, bandwidth: 0, attachment: Some(Attachment::default()), ..shown.clone() };
         let text_of_free = volume(&free);
         assert!(!text_of_free.contains("delayed") && !text_of_free.contains("after a pause"), "{text_of_free}");
-        assert!(text.contains("REPLICA IN  STORE     STATE         LAST ERROR\n/srv/a      01234567  in sync\n"), "{text}");
+        assert!(
+            text.contains("REPLICA IN  STORE     STATE                           LAST ERROR\n/srv/a      01234567  in sync\n"),
+            "{text}"
+        );
         assert_eq!(replica_state(&replica(ReplicaState::Copying, Some((0, 0)))), "copying");
-        assert_eq!(replica_state(&replica(ReplicaState::Copying, Some((u64::MAX, u64::MAX)))), "copying 100 %");
+        assert_eq!(replica_state(&replica(ReplicaState::Copying, Some((u64::MAX, u64::MAX)))), "copying 100 %, about 3 min left");
     }
 
     #[test]

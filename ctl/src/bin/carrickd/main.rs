@@ -13,6 +13,7 @@ mod observed;
 mod pidfd;
 mod reconcile;
 mod records;
+mod salvage;
 mod service;
 mod settings;
 mod shutdown;

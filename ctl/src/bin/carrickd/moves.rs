@@ -1,4 +1,4 @@
-//! Replacing a replica that no longer counts by one in another store.
+//! Replacing a replica that no longer counts by one in another store, and adding one.
 //!
 //! **Order:** 1. the record: the new store takes the old one's place, the new one is *joining*, the old one *leaving*; 2. the new
 //! replica; 3. the target is killed, and with its next start, milliseconds later, it knows the new store: I/O waits so long; 4. the
@@ -15,7 +15,7 @@ use crate::context::Context;
 use crate::control;
 use crate::metadata::{Mutation, VolumePhase, VolumeRecord};
 use crate::observed::ProcessId;
-use crate::volumes::{delete_replica, make_replica, not_found, parse_name};
+use crate::volumes::{REPLICAS_MAX, delete_replica, make_replica, not_found, parse_name};
 use crate::{stores, survey};
 
 /// For a store to delete a replica. It writes down that it does, and goes on by itself.
@@ -45,6 +45,29 @@ pub async fn replace(context: &Context, name: &str, old: &str, with: Option<&str
     let new = stores::choose_another(context, volume, with).await?;
     let record = begin(context, volume, old.id, new).await?;
     // The old one is deleted when its store answers: that is not for the caller to wait for.
+    join(context, record).await?;
+    Ok(volume.id)
+}
+
+/// Gives a volume one more replica: in the given store, or that with the most free space.
+pub async fn add(context: &Context, name: &str, with: Option<&str>) -> Result<VolumeId, Fault> {
+    let name = parse_name(name)?;
+    let _guard = context.locks.lock(&name).await;
+    let state = context.state();
+    let volume = state.volume_by_name(&name).ok_or_else(|| not_found(&name))?;
+    if volume.phase != VolumePhase::Ready {
+        return Err(Fault::new(Reason::VolumeNotReady, &name, format!("volume {name} is not ready yet")));
+    }
+    if volume.replicas.len() >= REPLICAS_MAX {
+        return Err(Fault::invalid("name", format!("volume {name} has {REPLICAS_MAX} replicas, and can't have more")));
+    }
+    let new = stores::choose_another(context, volume, with).await?;
+    tracing::info!(volume = %name, %new, "one more replica");
+    let mut record = volume.clone();
+    record.replicas.push(new);
+    record.joining.push(new);
+    record.config_version += 1;
+    let record = change(context, volume.clone(), record).await?;
     join(context, record).await?;
     Ok(volume.id)
 }

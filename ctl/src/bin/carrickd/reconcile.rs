@@ -238,6 +238,7 @@ mod tests {
                 left_out: BTreeMap::new(),
                 joining: Vec::new(),
                 leaving: Vec::new(),
+                salvages: Vec::new(),
             };
             self.state.volumes.insert(VOLUME, record);
             self

@@ -21,7 +21,7 @@ use crate::settings::Changes;
 use crate::stores::NewStore;
 use crate::view::View;
 use crate::volumes::{NewVolume, not_found, parse_name};
-use crate::{attach, moves, settings, shutdown, stores, survey, volumes};
+use crate::{attach, moves, salvage, settings, shutdown, stores, survey, volumes};
 
 /// All services. Cheap to clone.
 #[derive(Clone)]
@@ -139,6 +139,24 @@ impl VolumeService for Services {
         let id = self.change(move |context| async move { moves::replace(&context, &name, &store, with.as_deref()).await }).await?;
         let volume = self.look_at_volume(&self.context.state(), id).await?;
         Ok(Response::new(v1::ReplaceReplicaResponse { volume: Some(volume) }))
+    }
+
+    async fn add_replica(&self, request: Request<v1::AddReplicaRequest>) -> Result<Response<v1::AddReplicaResponse>, Status> {
+        let v1::AddReplicaRequest { name, with } = request.into_inner();
+        let id = self.change(move |context| async move { moves::add(&context, &name, with.as_deref()).await }).await?;
+        let volume = self.look_at_volume(&self.context.state(), id).await?;
+        Ok(Response::new(v1::AddReplicaResponse { volume: Some(volume) }))
+    }
+
+    async fn salvage_volume(&self, request: Request<v1::SalvageVolumeRequest>) -> Result<Response<v1::SalvageVolumeResponse>, Status> {
+        let v1::SalvageVolumeRequest { name, from, give_up_the_rest } = request.into_inner();
+        if !give_up_the_rest {
+            let message = "what only the other replicas have is lost for ever: say that it may be (--give-up-the-rest)";
+            return Err(Fault::invalid("give_up_the_rest", message).into());
+        }
+        let id = self.change(move |context| async move { salvage::salvage(&context, &name, &from).await }).await?;
+        let volume = self.look_at_volume(&self.context.state(), id).await?;
+        Ok(Response::new(v1::SalvageVolumeResponse { volume: Some(volume) }))
     }
 
     async fn delete_volume(&self, request: Request<v1::DeleteVolumeRequest>) -> Result<Response<v1::DeleteVolumeResponse>, Status> {

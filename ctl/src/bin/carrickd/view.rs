@@ -8,7 +8,7 @@ use carrick_replicator::control::{
     DamagedReplica, MemberReport, MemberState, ReplicaProcessStatus, ScrubReport, TargetPhase, TargetStatus,
 };
 
-use crate::metadata::{AttachmentPhase, AttachmentRecord, State, StoreRecord, VolumePhase, VolumeRecord};
+use crate::metadata::{AttachmentPhase, AttachmentRecord, SalvageRecord, State, StoreRecord, VolumePhase, VolumeRecord};
 use crate::observed::{Answers, Observed, Process, ProcessId, ProcessState};
 use crate::survey::Answer;
 
@@ -103,7 +103,16 @@ impl View<'_> {
             state: state.into(),
             replicas: record.replicas.iter().map(replica).collect(),
             leaving_stores: record.leaving.iter().map(|store| self.place(*store)).collect(),
+            salvages: record.salvages.iter().map(|salvage| self.salvage(salvage)).collect(),
             attachment: attachment.map(|attachment| attachment_message(attachment, target)),
+        }
+    }
+
+    fn salvage(&self, record: &SalvageRecord) -> v1::Salvage {
+        v1::Salvage {
+            at_unix: record.at_unix,
+            from_store: self.place(record.from),
+            given_up_stores: record.given_up.iter().map(|store| self.place(*store)).collect(),
         }
     }
 
@@ -245,6 +254,7 @@ fn replica_in_target(member: &MemberReport, store_path: String) -> v1::Replica {
         state: state.into(),
         copied_bytes: member.copied.map(|(copied, _)| copied.get()),
         copy_total_bytes: member.copied.map(|(_, total)| total.get()),
+        copy_seconds_left: member.seconds_left,
         last_error: member.last_error.clone(),
         counts: member.counts,
     }

@@ -30,6 +30,8 @@ use crate::stores;
 pub const REPLICAS_DEFAULT: u32 = 3;
 /// How many there may be. Four and six cost a replica more than three and five and survive no further loss.
 const REPLICAS_ALLOWED: [u32; 4] = [1, 2, 3, 5];
+/// However they came to be.
+pub const REPLICAS_MAX: usize = 5;
 /// Every guest can boot from a disk with such blocks.
 pub const BLOCK_SIZE_DEFAULT: u32 = 512;
 /// What ublk and all guests know.
@@ -116,6 +118,7 @@ pub async fn create(context: &Context, new: NewVolume) -> Result<VolumeId, Fault
                 left_out: BTreeMap::new(),
                 joining: Vec::new(),
                 leaving: Vec::new(),
+                salvages: Vec::new(),
             };
             context.apply(Mutation::InsertVolume(record.clone().into())).await?;
             record

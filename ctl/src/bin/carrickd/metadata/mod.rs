@@ -7,7 +7,8 @@
 //! * M3. Only a ready volume is attached, and an attached one is not deleted.
 //! * M4. A volume's config version only grows (compare-and-swap: whoever changes a volume says what it was).
 //! * M5. Which replicas count changes from one version to the next, under terms that never fall; never are there none.
-//!   A replica that counts stays: only one that no longer does is replaced by another.
+//!   A replica that counts stays: only one that no longer does is replaced by another. A salvage alone makes another one count; it is
+//!   remembered, ends the targets of before, and leaves no replica that could be taken for one that agrees.
 //! * M6. Each attachment has a number of its own, which is the volume's from then on: earlier ones change nothing any more.
 
 mod records;
@@ -23,7 +24,7 @@ use carrick_backing_store::{StoreId, VolumeId};
 use carrick_ctl::name::VolumeName;
 use carrick_replicator::control::VolumeConfig;
 
-pub use records::{AttachmentPhase, AttachmentRecord, FORMAT, StoreRecord, VolumePhase, VolumeRecord};
+pub use records::{AttachmentPhase, AttachmentRecord, FORMAT, SALVAGES_MAX, SalvageRecord, StoreRecord, VolumePhase, VolumeRecord};
 pub use redb_store::RedbStore;
 
 /// Everything.
@@ -59,6 +60,15 @@ pub enum Mutation {
         volume: VolumeId,
         /// What is to be; its version says what it was.
         next: VolumeConfig,
+        /// When, in seconds since 1970.
+        at_unix: u64,
+    },
+    /// One replica's content becomes the volume's, and all others go.
+    Salvage {
+        /// Whose.
+        volume: VolumeId,
+        /// The store with that replica.
+        from: StoreId,
         /// When, in seconds since 1970.
         at_unix: u64,
     },
@@ -192,6 +202,7 @@ impl State {
             Mutation::InsertVolume(record) => self.insert_volume(record)?,
             Mutation::ReplaceVolume { expected, new } => self.replace_volume(expected, new)?,
             Mutation::SwapConfig { volume, next, at_unix } => self.swap_config(*volume, next, *at_unix)?,
+            Mutation::Salvage { volume, from, at_unix } => self.salvage(*volume, *from, *at_unix)?,
             Mutation::RemoveVolume(id) => {
                 if let (Some(volume), true) = (self.volumes.get(id), self.attachments.contains_key(id)) {
                     return Err(MetadataError::Attached(volume.name.clone()));
@@ -248,7 +259,30 @@ impl State {
             }
         }
         let left_out = left_out.into_iter().filter(|(store, _)| new.replicas.contains(store)).collect();
+        // While nothing else is written down all count, and a new one must not.
+        let config = if new.replicas == current.replicas { config } else { Some(current.config()) };
         self.volumes.insert(new.id, VolumeRecord { config, left_out, ..new.clone() });
+        Ok(())
+    }
+
+    fn salvage(&mut self, id: VolumeId, from: StoreId, at_unix: u64) -> Result<(), MetadataError> {
+        let volume = self.volumes.get_mut(&id).ok_or(MetadataError::Changed(id))?;
+        if volume.phase != VolumePhase::Ready || !volume.replicas.contains(&from) || volume.joining.contains(&from) {
+            return Err(MetadataError::Changed(id));
+        }
+        let config = volume.config();
+        let given_up = config.members.iter().copied().filter(|store| *store != from).collect();
+        volume.salvages.push(SalvageRecord { at_unix, from, given_up });
+        let beyond = volume.salvages.len().saturating_sub(SALVAGES_MAX);
+        volume.salvages.drain(..beyond);
+        volume.leaving.extend(volume.replicas.iter().filter(|store| **store != from));
+        (volume.replicas, volume.joining, volume.left_out) = (vec![from], Vec::new(), BTreeMap::new());
+        volume.config_version += 1;
+        let (version, attachment) = (config.version.next(), config.attachment.next());
+        volume.config = Some(VolumeConfig { version, members: vec![from], attachment, ..config });
+        if let Some(current) = self.attachments.get_mut(&id) {
+            current.number = attachment;
+        }
         Ok(())
     }
 

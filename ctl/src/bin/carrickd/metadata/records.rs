@@ -74,6 +74,24 @@ pub struct VolumeRecord {
     /// Other stores, where a replica that was replaced is still to be deleted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub leaving: Vec<StoreId>,
+    /// What was given up, the latest last; at most [`SALVAGES_MAX`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub salvages: Vec<SalvageRecord>,
+}
+
+/// Salvages that are remembered. Nobody needs more of them and keeps the volume.
+pub const SALVAGES_MAX: usize = 16;
+
+/// That one replica's content was made the volume's, whatever others had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SalvageRecord {
+    /// When, in seconds since 1970.
+    pub at_unix: u64,
+    /// Whose content it was.
+    pub from: StoreId,
+    /// The stores whose replicas counted: what only these had is gone.
+    pub given_up: Vec<StoreId>,
 }
 
 impl VolumeRecord {

@@ -117,10 +117,10 @@ impl Inner {
                 Mutation::ReplaceVolume { new, .. } => put_volume(new.id)?,
                 Mutation::SwapConfig { volume, .. } => put_volume(*volume)?,
                 Mutation::RemoveVolume(id) => remove(VOLUMES, id.to_string())?,
-                Mutation::PutAttachment(record) => {
-                    put_volume(record.volume)?;
-                    if let Some(record) = after.attachments.get(&record.volume) {
-                        put(ATTACHMENTS, record.volume.to_string(), encode(record)?)?;
+                Mutation::PutAttachment(super::AttachmentRecord { volume, .. }) | Mutation::Salvage { volume, .. } => {
+                    put_volume(*volume)?;
+                    if let Some(record) = after.attachments.get(volume) {
+                        put(ATTACHMENTS, volume.to_string(), encode(record)?)?;
                     }
                 }
                 Mutation::RemoveAttachment(id) => remove(ATTACHMENTS, id.to_string())?,

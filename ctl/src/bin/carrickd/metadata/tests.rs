@@ -55,6 +55,7 @@ fn volume(number: u8, name: &str, stores: &[u8]) -> VolumeRecord {
         left_out: BTreeMap::new(),
         joining: Vec::new(),
         leaving: Vec::new(),
+        salvages: Vec::new(),
         limits: Limits::default(),
     }
 }
@@ -216,8 +217,27 @@ async fn all_rules_of_replacements_hold(metadata: &dyn MetadataStore) {
     let next = VolumeConfig { version: ConfigVersion::new(3), ..now().config() };
     metadata.apply(Mutation::SwapConfig { volume: id, next, at_unix: 80 }).await.unwrap();
     assert_eq!(now().left_out, [(store(4), 80)].into());
+    // One more doesn't count until a target says so, even if nobody ever wrote down who does.
+    replace(VolumeRecord { replicas: vec![store(2), store(4), store(3)], joining: vec![store(3)], ..now() }).await.unwrap();
+    assert_eq!(now().config().members, [store(2)]);
+    // What can't be salvaged: a replica that isn't there, or not made yet.
+    metadata.apply(Mutation::PutAttachment(attachment(8, AttachmentPhase::Attached))).await.unwrap();
+    for wrong in [1, 3] {
+        let result = metadata.apply(Mutation::Salvage { volume: id, from: store(wrong), at_unix: 90 }).await;
+        assert!(matches!(result, Err(MetadataError::Changed(_))), "{wrong}: {result:?}");
+    }
+    let before = now().config();
+    metadata.apply(Mutation::Salvage { volume: id, from: store(4), at_unix: 90 }).await.unwrap();
+    let expected = SalvageRecord { at_unix: 90, from: store(4), given_up: vec![store(2)] };
+    assert_eq!((now().salvages, now().replicas), (vec![expected], vec![store(4)]));
+    assert_eq!(now().leaving, [store(5), store(2), store(3)], "whoever might pass for one that agrees");
+    let after = now().config();
+    assert_eq!((after.members, after.term), (vec![store(4)], before.term));
+    assert!(after.version == before.version.next() && after.attachment == before.attachment.next(), "targets of before are no more");
+    assert_eq!(metadata.state().attachments[&id].number, after.attachment);
+    metadata.apply(Mutation::RemoveAttachment(id)).await.unwrap();
     metadata.apply(Mutation::RemoveStore(store(5))).await.unwrap();
-    assert_eq!(now().leaving, [], "what was to be deleted there is gone with it");
+    assert_eq!(now().leaving, [store(2), store(3)], "what was to be deleted there is gone with it");
     metadata.apply(Mutation::RemoveVolume(id)).await.unwrap();
     metadata.apply(Mutation::RemoveStore(store(4))).await.unwrap();
 }
