@@ -110,8 +110,8 @@ pub async fn go_on(context: &Context, volume: VolumeRecord) -> Result<bool, Faul
     leave(context, volume).await
 }
 
-/// Makes the new replicas, and has the target learn of them.
-async fn join(context: &Context, volume: VolumeRecord) -> Result<VolumeRecord, Fault> {
+/// Makes the new replicas, unless they are there, and has the target learn of them.
+pub async fn join(context: &Context, volume: VolumeRecord) -> Result<VolumeRecord, Fault> {
     let spec = ReplicaSpec { volume: volume.id, size: volume.size };
     for store in volume.joining.clone() {
         make_replica(context, spec, store).await?;

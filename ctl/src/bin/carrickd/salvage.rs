@@ -7,9 +7,8 @@ use carrick_replicator::control::{ReplicaProcessStatus, TargetPhase};
 
 use crate::context::{Context, unix_now};
 use crate::metadata::{Mutation, VolumePhase, VolumeRecord};
-use crate::observed::ProcessId;
 use crate::volumes::{not_found, parse_name};
-use crate::{stores, survey};
+use crate::{moves, stores, survey};
 
 /// Makes the content of the replica in one store the volume's.
 pub async fn salvage(context: &Context, name: &str, from: &str) -> Result<VolumeId, Fault> {
@@ -29,13 +28,13 @@ pub async fn salvage(context: &Context, name: &str, from: &str) -> Result<Volume
     let of = |store: &StoreId| answers.get(store)?.as_ref().ok();
     check_content(volume, &from.path.display().to_string(), of(&from.id))?;
     check_need(context, volume, |store| of(store).is_some_and(|status| holds(status, volume.id))).await?;
-    context.apply(Mutation::Salvage { volume: volume.id, from: from.id, at_unix: unix_now() }).await?;
+    let state = context.apply(Mutation::Salvage { volume: volume.id, from: from.id, at_unix: unix_now() }).await?;
     tracing::warn!(
         volume = %name, store = %from.id,
         "SALVAGED: the replica in this store is the volume from now on; what only the others had is given up"
     );
-    if let Some(target) = context.node.pidfd(ProcessId::Target(volume.id)) {
-        target.kill();
+    if let Some(salvaged) = state.volumes.get(&volume.id) {
+        moves::join(context, salvaged.clone()).await?;
     }
     Ok(volume.id)
 }

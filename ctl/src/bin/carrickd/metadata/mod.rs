@@ -276,7 +276,8 @@ impl State {
         let beyond = volume.salvages.len().saturating_sub(SALVAGES_MAX);
         volume.salvages.drain(..beyond);
         volume.leaving.extend(volume.replicas.iter().filter(|store| **store != from));
-        (volume.replicas, volume.joining, volume.left_out) = (vec![from], Vec::new(), BTreeMap::new());
+        // A target that is there must be told, whatever becomes of this carrickd: one of the others may come back to it.
+        (volume.replicas, volume.joining, volume.left_out) = (vec![from], vec![from], BTreeMap::new());
         volume.config_version += 1;
         let (version, attachment) = (config.version.next(), config.attachment.next());
         volume.config = Some(VolumeConfig { version, members: vec![from], attachment, ..config });

@@ -231,6 +231,7 @@ async fn all_rules_of_replacements_hold(metadata: &dyn MetadataStore) {
     let expected = SalvageRecord { at_unix: 90, from: store(4), given_up: vec![store(2)] };
     assert_eq!((now().salvages, now().replicas), (vec![expected], vec![store(4)]));
     assert_eq!(now().leaving, [store(5), store(2), store(3)], "whoever might pass for one that agrees");
+    assert_eq!(now().joining, [store(4)], "a target that is there is still to be told");
     let after = now().config();
     assert_eq!((after.members, after.term), (vec![store(4)], before.term));
     assert!(after.version == before.version.next() && after.attachment == before.attachment.next(), "targets of before are no more");
