@@ -406,7 +406,8 @@ fn patches(
             return Err(format!("block {first} is {is:?}, was {was:?}, and no write in flight made it that"));
         };
         let part = extent(first, end - first);
-        if issued.write().is_some_and(|(seq, _)| seq.is_some()) {
+        // Zeroes look the same whichever write wrote them: it is in the log for sure only if all that may have are.
+        if writes[last..].iter().filter(explains).all(|issued| issued.write().is_some_and(|(seq, _)| seq.is_some())) {
             logged.push(part);
         }
         let operation = match issued.operation {
