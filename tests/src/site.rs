@@ -177,6 +177,20 @@ impl Site {
         Ok(list.iter().filter_map(process).collect())
     }
 
+    /// The pid of the process of a store or a volume.
+    pub fn pid_of(&self, subject: &str) -> anyhow::Result<i32> {
+        let found = self.processes()?.into_iter().find(|process| process.subject == subject);
+        found.map(|process| process.pid).with_context(|| format!("no process of {subject}"))
+    }
+
+    /// Waits until the replicas of a volume that were replaced or given up are deleted.
+    pub fn wait_left(&self, volume: &str) -> anyhow::Result<()> {
+        wait_for("the replicas that leave to be deleted", SOON, || {
+            let shown = self.carrick(&["volume", "show", volume])?;
+            Ok(shown["leaving_stores"].as_array().is_none_or(Vec::is_empty).then_some(()))
+        })
+    }
+
     /// The pids of one kind, in the order of the stores or volumes.
     pub fn pids(&self, kind: &str) -> anyhow::Result<Vec<i32>> {
         Ok(self.processes()?.into_iter().filter(|process| process.kind == kind).map(|process| process.pid).collect())

@@ -71,60 +71,49 @@ impl FromIterator<MemberIndex> for MemberSet {
     }
 }
 
-/// Number of a config: each change of the record makes the next.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct ConfigVersion(u64);
+macro_rules! counter {
+    ($(#[$doc:meta])* $name:ident, $(#[$first_doc:meta])* $first:ident = $number:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(u64);
 
-impl ConfigVersion {
-    /// The config that a volume is made with.
-    pub const FIRST: Self = Self(1);
+        impl $name {
+            $(#[$first_doc])*
+            pub const $first: Self = Self($number);
 
-    /// From a number.
-    #[must_use]
-    pub const fn new(number: u64) -> Self {
-        Self(number)
-    }
+            /// From a number.
+            #[must_use]
+            pub const fn new(number: u64) -> Self {
+                Self(number)
+            }
 
-    /// As a number.
-    #[must_use]
-    pub const fn get(self) -> u64 {
-        self.0
-    }
+            /// As a number.
+            #[must_use]
+            pub const fn get(self) -> u64 {
+                self.0
+            }
 
-    /// The one after.
-    #[must_use]
-    pub const fn next(self) -> Self {
-        Self(self.0.saturating_add(1))
-    }
+            /// The one after.
+            #[must_use]
+            pub const fn next(self) -> Self {
+                Self(self.0.saturating_add(1))
+            }
+        }
+    };
 }
 
-/// Number of an attachment of a volume: each one is told the next. A target that was started again has the number it had.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Attachment(u64);
-
-impl Attachment {
+counter! {
+    /// Number of a config: each change of the record makes the next.
+    ConfigVersion,
+    /// The config that a volume is made with.
+    FIRST = 1
+}
+counter! {
+    /// Number of an attachment of a volume: each one is told the next. A target that was started again has the number it had.
+    Attachment,
     /// The volume was never attached.
-    pub const NONE: Self = Self(0);
-
-    /// From a number.
-    #[must_use]
-    pub const fn new(number: u64) -> Self {
-        Self(number)
-    }
-
-    /// As a number.
-    #[must_use]
-    pub const fn get(self) -> u64 {
-        self.0
-    }
-
-    /// Whoever attaches the volume next.
-    #[must_use]
-    pub const fn next(self) -> Self {
-        Self(self.0.saturating_add(1))
-    }
+    NONE = 0
 }
 
 /// What the metadata store keeps of a volume's config.

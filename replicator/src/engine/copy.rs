@@ -369,8 +369,7 @@ impl Engine {
         }
         for index in self.member_indices() {
             // What it has is all there is, for somebody who gives the others up, as long as there is nobody to copy from.
-            let has_source = self.member_indices().any(|other| other != index && self.members[other.0].is_joined());
-            if !self.members[index.0].in_sync && has_source && self.may_destroy(index) {
+            if !self.members[index.0].in_sync && self.joined_besides(index).next().is_some() && self.may_destroy(index) {
                 let base = self.backlog.last();
                 let size = self.config.size;
                 let member = &mut self.members[index.0];

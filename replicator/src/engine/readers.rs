@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::requests::JobId;
+use super::member::Member;
 use super::{Engine, MemberIndex, Outstanding};
 use crate::time::Monotonic;
 use crate::wire::RequestId;
@@ -69,36 +69,23 @@ impl Engine {
     /// Reads that a replica holds back although it lives (its disk hangs) are asked of another.
     pub(super) fn expire_reads(&mut self, now: Monotonic) {
         while let Some(request) = Readers::due(&mut self.readers.fresh, now, HEDGE_DELAY) {
-            let Some((member, Outstanding::Read { job, asked })) = self.outstanding.get(&request).copied() else { continue };
-            self.note_read_time(now, member, asked);
             // If all have as much to do, asking twice would only give them more.
-            if self.has_other_reader(member, |reads, others| others * 2 <= reads) {
-                self.ask_another(now, request, member, job, HEDGE_DELAY);
-            } else {
-                self.readers.late.push_back((now, request));
-            }
+            self.expire_read(now, request, HEDGE_DELAY, |reads, others| others * 2 <= reads);
         }
         while let Some(request) = Readers::due(&mut self.readers.late, now, self.config.replica_timeout) {
-            let Some((member, Outstanding::Read { job, asked })) = self.outstanding.get(&request).copied() else { continue };
-            self.note_read_time(now, member, asked);
-            if self.has_other_reader(member, |_, _| true) {
-                self.ask_another(now, request, member, job, self.config.replica_timeout);
-            } else {
-                self.readers.late.push_back((now, request));
-            }
+            self.expire_read(now, request, self.config.replica_timeout, |_, _| true);
         }
     }
 
-    /// Whether there is another joined member, of which `is_better` is true, given the reads that both owe.
-    fn has_other_reader(&self, member: MemberIndex, is_better: impl Fn(usize, usize) -> bool) -> bool {
+    /// A read has waited for so long: another joined member is asked if `is_better` is true of the reads that this one owes and that
+    /// the other does. Else it waits on.
+    fn expire_read(&mut self, now: Monotonic, request: RequestId, waited: Duration, is_better: impl Fn(usize, usize) -> bool) {
+        let Some((member, Outstanding::Read { job, asked })) = self.outstanding.get(&request).copied() else { return };
+        self.note_read_time(now, member, asked);
         let reads = self.members[member.0].reads;
-        self.member_indices().any(|index| {
-            let other = &self.members[index.0];
-            index != member && other.is_joined() && is_better(reads, other.reads)
-        })
-    }
-
-    fn ask_another(&mut self, now: Monotonic, request: RequestId, member: MemberIndex, job: JobId, waited: Duration) {
+        if !self.joined_besides(member).any(|other| is_better(reads, other.reads)) {
+            return self.readers.late.push_back((now, request));
+        }
         // It still owes the answer, which keeps further reads away from it.
         self.outstanding.insert(request, (member, Outstanding::Abandoned));
         self.members[member.0].last_error = Some(format!("a read waited for {} ms", waited.as_millis()));
@@ -106,6 +93,12 @@ impl Engine {
         self.readers.slow = Some(member);
         self.read(now, job);
         self.readers.slow = None;
+    }
+
+    /// The joined members but this one.
+    pub(super) fn joined_besides(&self, index: MemberIndex) -> impl Iterator<Item = &Member> {
+        let others = self.members.iter().enumerate().filter(move |(other, _)| *other != index.0);
+        others.map(|(_, member)| member).filter(|member| member.is_joined())
     }
 
     /// How many reads were asked of another replica since the first didn't answer in time.

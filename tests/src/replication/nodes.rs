@@ -78,8 +78,7 @@ impl Nodes {
 
     /// The process of a node's replica.
     pub fn replica_pid(&self, node: usize) -> anyhow::Result<i32> {
-        let found = self.site.processes()?.into_iter().find(|process| process.subject == self.stores[node]);
-        Ok(found.with_context(|| format!("no process on node {node}"))?.pid)
+        self.site.pid_of(&self.stores[node])
     }
 
     /// A number that is shown of the attachment.

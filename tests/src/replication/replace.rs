@@ -26,39 +26,35 @@ const CHANGING: u64 = 16 << 20;
 /// is started again.
 const STALL_MAX: Duration = Duration::from_secs(5);
 
-fn replicas(site: &Site) -> anyhow::Result<(Value, Vec<Value>)> {
+fn replicas(site: &Site) -> anyhow::Result<Vec<Value>> {
     let shown = site.carrick(&["volume", "show", VOLUME])?;
-    let replicas = shown["replicas"].as_array().context("no replicas")?.clone();
-    Ok((shown, replicas))
+    Ok(shown["replicas"].as_array().context("no replicas")?.clone())
 }
 
 /// Loses a replica, and waits until another one, elsewhere, has taken its place, and the first is deleted.
 fn lap(site: &Site, disk: &Disk, number: u64, by_hand: bool) -> anyhow::Result<Duration> {
-    let (_, before) = replicas(site)?;
+    let before = replicas(site)?;
     let lost = &before[usize::try_from(number)? % before.len()];
     let (store, path) =
         (lost["store"].as_str().context("no store")?.to_owned(), lost["store_path"].as_str().context("no path")?.to_owned());
-    let processes = site.processes()?;
-    let pid = processes.iter().find(|process| process.subject == store).context("its store isn't served")?.pid;
+    let pid = site.pid_of(&store)?;
     signal(pid, Signal::STOP)?;
     let value = u8::try_from(1 + number % 250)?;
     let longest = disk.write_blocks(number % PARTS * PART_BLOCKS, PART_BLOCKS, value)?;
     let of = |replicas: &[Value]| replicas.iter().find(|replica| replica["store"] == store.as_str()).cloned();
     wait_for("the lost replica to count no longer", SOON, || {
-        Ok(of(&replicas(site)?.1).is_none_or(|replica| replica["counts"] == false).then_some(()))
+        Ok(of(&replicas(site)?).is_none_or(|replica| replica["counts"] == false).then_some(()))
     })?;
     if by_hand {
         site.carrick(&["volume", "replace", VOLUME, &path])?;
     }
     wait_for("another replica to take its place", COPY_LIMIT, || {
-        let (_, now) = replicas(site)?;
+        let now = replicas(site)?;
         let is_well = |replica: &Value| replica["counts"] == true && replica["state"] == "in-sync";
         Ok((of(&now).is_none() && now.len() == before.len() && now.iter().all(is_well)).then_some(()))
     })?;
     signal(pid, Signal::CONT)?;
-    wait_for("the lost replica to be deleted", SOON, || {
-        Ok(replicas(site)?.0["leaving_stores"].as_array().is_none_or(Vec::is_empty).then_some(()))
-    })?;
+    site.wait_left(VOLUME)?;
     Ok(longest)
 }
 
@@ -75,7 +71,7 @@ pub fn again_and_again(plan: &Plan) -> Found {
     let mut site = Site::with_stores(STORES)?;
     site.carrick(&["volume", "create", VOLUME, "--size", "64M"])?;
     let device = site.attach(VOLUME, &[])?;
-    let (_, there) = replicas(&site)?;
+    let there = replicas(&site)?;
     site.refused(&["volume", "replace", VOLUME, there[0]["store"].as_str().context("no store")?], 5, "REPLICA_COUNTS")?;
     let disk = Disk::open(&device)?;
     let history = History::start(&device, PARTS * PART_BLOCKS * 4096, CHANGING, 1, 512, 7)?;

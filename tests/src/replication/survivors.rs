@@ -117,29 +117,25 @@ pub fn salvage(_: &Plan) -> Found {
     wait_counting(&site, &[true; 2])?;
     let replicas = show(&site)?["replicas"].clone();
     let store = |index: usize| replicas[index]["store"].as_str().context("a replica without store");
-    let processes = site.processes()?;
-    let pid = |index: usize| {
-        let store = store(index)?;
-        processes.iter().find(|process| process.subject == store).map(|process| process.pid).context("a store that isn't served")
-    };
+    let pids = [site.pid_of(store(0)?)?, site.pid_of(store(1)?)?];
     // The first falls behind; then the second, which has everything, is lost for good.
-    signal(pid(0)?, Signal::STOP)?;
+    signal(pids[0], Signal::STOP)?;
     disk.write_blocks(0, BLOCKS / 2, 2)?;
     wait_counting(&site, &[false, true])?;
-    signal(pid(1)?, Signal::STOP)?;
+    signal(pids[1], Signal::STOP)?;
     let salvage = ["volume", "salvage", VOLUME, "--from", store(0)?];
     site.refused(&salvage, 2, "INVALID_FIELD")?;
     let salvage = [&salvage[..], &["--give-up-the-rest"]].concat();
     site.refused(&salvage, 1, "REPLICA_FAILED")?;
-    signal(pid(0)?, Signal::CONT)?;
+    signal(pids[0], Signal::CONT)?;
     let said = wait_for("the salvage", SOON, || Ok(site.try_carrick(&salvage)?.ok()))?["salvages"][0].to_string();
     wait_for("the volume to be active", SOON, || Ok((show(&site)?["attachment"]["phase"] == "serving").then_some(())))?;
     // What the first has: a prefix of what was written, which it was told last.
     disk.check_blocks(BLOCKS / 2, BLOCKS / 2, 1)?;
     disk.write_blocks(0, BLOCKS, 3)?;
     // The one that was given up comes back with something else, and is not asked.
-    signal(pid(1)?, Signal::CONT)?;
-    wait_for("its replica to be deleted", SOON, || Ok(show(&site)?["leaving_stores"].as_array().is_none_or(Vec::is_empty).then_some(())))?;
+    signal(pids[1], Signal::CONT)?;
+    site.wait_left(VOLUME)?;
     site.carrick(&["volume", "add-replica", VOLUME, "--with", store(1)?])?;
     wait_counting(&site, &[true; 2])?;
     disk.check_blocks(0, BLOCKS, 3)?;

@@ -20,10 +20,10 @@ use carrick_replicator::engine::Attachment;
 use crate::context::{Context, unix_now};
 use crate::control::{self, CallError};
 use crate::launch;
-use crate::metadata::{AttachmentPhase, AttachmentRecord, Mutation, VolumePhase, VolumeRecord};
+use crate::metadata::{AttachmentPhase, AttachmentRecord, Mutation, VolumeRecord};
 use crate::observed::{Event, Exit, Process, ProcessId};
 use crate::survey;
-use crate::volumes::{not_found, parse_name};
+use crate::volumes::{not_found, parse_name, ready};
 
 /// Requests in flight if nobody says how many: what virtio disks have.
 pub const QUEUE_DEPTH_DEFAULT: u32 = 128;
@@ -87,9 +87,7 @@ pub async fn attach(context: &Context, name: &str, options: Options) -> Result<P
             }
         }
         None => {
-            if volume.phase != VolumePhase::Ready {
-                return Err(Fault::new(Reason::VolumeNotReady, &name, format!("volume {name} is not ready yet")));
-            }
+            let volume = ready(&state, &name)?;
             let Options { host, queue_depth } = options;
             let since_unix = unix_now();
             let phase = AttachmentPhase::Attaching;
@@ -322,7 +320,7 @@ async fn send_detach(context: &Context, id: ProcessId, force: bool) -> Result<()
 }
 
 async fn wait_until_answering(context: &Context, id: ProcessId) -> Result<(), CallError> {
-    let answering = context.node.wait_until(|observed| observed.processes.get(&id).is_some_and(Process::answers));
+    let answering = context.node.wait_until(|observed| observed.answers(id));
     match tokio::time::timeout(ANSWER_LIMIT, answering).await {
         Ok(()) => Ok(()),
         Err(_) => {

@@ -13,9 +13,9 @@ use carrick_replicator::control::MemberState;
 
 use crate::context::Context;
 use crate::control;
-use crate::metadata::{Mutation, VolumePhase, VolumeRecord};
+use crate::metadata::{Mutation, VolumeRecord};
 use crate::observed::ProcessId;
-use crate::volumes::{REPLICAS_MAX, delete_replica, make_replica, not_found, parse_name};
+use crate::volumes::{REPLICAS_MAX, delete_replica, make_replica, parse_name, ready};
 use crate::{stores, survey};
 
 /// For a store to delete a replica. It writes down that it does, and goes on by itself.
@@ -26,10 +26,7 @@ pub async fn replace(context: &Context, name: &str, old: &str, with: Option<&str
     let name = parse_name(name)?;
     let _guard = context.locks.lock(&name).await;
     let state = context.state();
-    let volume = state.volume_by_name(&name).ok_or_else(|| not_found(&name))?;
-    if volume.phase != VolumePhase::Ready {
-        return Err(Fault::new(Reason::VolumeNotReady, &name, format!("volume {name} is not ready yet")));
-    }
+    let volume = ready(&state, &name)?;
     let old = stores::resolve(&state, old)?;
     if !volume.replicas.contains(&old.id) {
         let message = format!("volume {name} has no replica in store {}; see carrick volume show {name}", old.path.display());
@@ -54,10 +51,7 @@ pub async fn add(context: &Context, name: &str, with: Option<&str>) -> Result<Vo
     let name = parse_name(name)?;
     let _guard = context.locks.lock(&name).await;
     let state = context.state();
-    let volume = state.volume_by_name(&name).ok_or_else(|| not_found(&name))?;
-    if volume.phase != VolumePhase::Ready {
-        return Err(Fault::new(Reason::VolumeNotReady, &name, format!("volume {name} is not ready yet")));
-    }
+    let volume = ready(&state, &name)?;
     if volume.replicas.len() >= REPLICAS_MAX {
         return Err(Fault::invalid("name", format!("volume {name} has {REPLICAS_MAX} replicas, and can't have more")));
     }

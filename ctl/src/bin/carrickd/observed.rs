@@ -236,6 +236,11 @@ pub enum Event {
 }
 
 impl Observed {
+    /// Whether this process is there and answers on its control socket.
+    pub fn answers(&self, id: ProcessId) -> bool {
+        self.processes.get(&id).is_some_and(Process::answers)
+    }
+
     /// Takes an event in.
     pub fn on_event(&mut self, event: Event, now: Instant) {
         match event {

@@ -152,7 +152,7 @@ fn is_over(state: &State, id: ProcessId, process: Option<&Process>) -> bool {
 
 fn work_on(state: &State, observed: &Observed, volume: &VolumeRecord) -> Option<Work> {
     let target = ProcessId::Target(volume.id);
-    let answers = |store: &StoreId| observed.processes.get(&ProcessId::Replica(*store)).is_some_and(Process::answers);
+    let answers = |store: &StoreId| observed.answers(ProcessId::Replica(*store));
     match volume.phase {
         VolumePhase::Creating => Some(Work::UndoCreation),
         VolumePhase::Deleting => {

@@ -6,8 +6,8 @@ use carrick_ctl::fault::{Fault, Reason};
 use carrick_replicator::control::{ReplicaProcessStatus, TargetPhase};
 
 use crate::context::{Context, unix_now};
-use crate::metadata::{Mutation, VolumePhase, VolumeRecord};
-use crate::volumes::{not_found, parse_name};
+use crate::metadata::{Mutation, VolumeRecord};
+use crate::volumes::{parse_name, ready};
 use crate::{moves, stores, survey};
 
 /// Makes the content of the replica in one store the volume's.
@@ -15,10 +15,7 @@ pub async fn salvage(context: &Context, name: &str, from: &str) -> Result<Volume
     let name = parse_name(name)?;
     let _guard = context.locks.lock(&name).await;
     let state = context.state();
-    let volume = state.volume_by_name(&name).ok_or_else(|| not_found(&name))?;
-    if volume.phase != VolumePhase::Ready {
-        return Err(Fault::new(Reason::VolumeNotReady, &name, format!("volume {name} is not ready yet")));
-    }
+    let volume = ready(&state, &name)?;
     let from = stores::resolve(&state, from)?;
     if !volume.replicas.contains(&from.id) || volume.joining.contains(&from.id) {
         let message = format!("volume {name} has no data in store {}; see carrick volume show {name}", from.path.display());

@@ -20,7 +20,7 @@ use carrick_replicator::limits::Limits;
 use crate::attach;
 use crate::context::{Context, unix_now};
 use crate::control::{self, CallError};
-use crate::metadata::{Mutation, VolumePhase, VolumeRecord};
+use crate::metadata::{Mutation, State, VolumePhase, VolumeRecord};
 use crate::moves;
 use crate::observed::ProcessId;
 use crate::reconcile::Work;
@@ -90,6 +90,15 @@ pub fn parse_name(text: &str) -> Result<VolumeName, Fault> {
 /// The fault for a volume that isn't there.
 pub fn not_found(name: &VolumeName) -> Fault {
     Fault::new(Reason::VolumeNotFound, name, format!("there is no volume {name}; see carrick volume list"))
+}
+
+/// The volume of this name, which must be there and ready.
+pub fn ready<'a>(state: &'a State, name: &VolumeName) -> Result<&'a VolumeRecord, Fault> {
+    let volume = state.volume_by_name(name).ok_or_else(|| not_found(name))?;
+    match volume.phase {
+        VolumePhase::Ready => Ok(volume),
+        _ => Err(Fault::new(Reason::VolumeNotReady, name, format!("volume {name} is not ready yet"))),
+    }
 }
 
 /// Makes a volume, or finds the one that the same request made before.
@@ -178,8 +187,7 @@ pub async fn make_replica(context: &Context, spec: ReplicaSpec, store: StoreId) 
 
 /// Deletes a replica, if it is there and its store answers. Returns whether it is gone.
 pub async fn delete_replica(context: &Context, volume: VolumeId, store: StoreId, limit: Duration) -> bool {
-    let answers = context.node.observed().processes.get(&ProcessId::Replica(store)).is_some_and(|process| process.answers());
-    if !answers {
+    if !context.node.observed().answers(ProcessId::Replica(store)) {
         return false;
     }
     let request = ReplicaRequest::Delete { volume };

@@ -2,16 +2,14 @@
 //!
 //! Each test has a node of its own in a temporary folder, needs no root, and waits for states, never for times.
 
+mod replicas;
 #[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
 mod support;
 
 use std::fs;
 
-use carrick_backing_store::VolumeId;
-use carrick_replicator::control::{RecordsAnswer, RecordsRequest, VolumeConfig, call};
 use rustix::process::Signal;
-use serde_json::Value;
-use support::{Node, PATIENCE, alive, signal};
+use support::{Node, alive, signal};
 
 #[test]
 fn a_volume_lives_from_creation_to_deletion() {
@@ -76,82 +74,6 @@ fn requests_that_make_no_sense_name_the_field() {
     assert!(message.contains("3 stores are needed for 3 replicas, there are 1"), "{message}");
     node.carrick(&["attach", "vm1", "--queue-depth", "513"]).fails(2, "INVALID_FIELD");
     node.carrick(&["attach", "vm1"]).fails(3, "VOLUME_NOT_FOUND");
-}
-
-#[test]
-fn a_replica_that_no_longer_counts_is_replaced_in_another_store() {
-    let node = Node::new(4);
-    let volume = node.carrick(&["volume", "create", "vm1", "--size", "1G"]).ok();
-    node.carrick(&["attach", "vm1"]).ok();
-    let stores = |volume: &Value| -> Vec<String> {
-        volume["replicas"].as_array().unwrap().iter().map(|replica| replica["store"].as_str().unwrap().to_owned()).collect()
-    };
-    let (before, target) = (stores(&volume), node.pids("target"));
-    let message = node.carrick(&["volume", "replace", "vm1", &before[1]]).fails(5, "REPLICA_COUNTS");
-    assert!(message.contains("counts"), "{message}");
-    // What a target says that has lost it.
-    let id: VolumeId = volume["id"].as_str().unwrap().parse().unwrap();
-    let ask = |request: &RecordsRequest| call::<_, RecordsAnswer>(&node.run("records.sock"), request, PATIENCE).unwrap();
-    let RecordsAnswer::Config(config) = ask(&RecordsRequest::Read { volume: id }) else { panic!("no config") };
-    let members = config.members.iter().copied().filter(|store| store.to_string() != before[1]).collect();
-    let next = VolumeConfig { version: config.version.next(), members, ..config };
-    assert_eq!(ask(&RecordsRequest::Swap { volume: id, next: next.clone() }), RecordsAnswer::Config(next));
-
-    for (wrong, code, reason) in [("/nonexistent", 3, "STORE_NOT_FOUND"), (&before[0], 5, "REPLICA_COUNTS")] {
-        node.carrick(&["volume", "replace", "vm1", wrong]).fails(code, reason);
-    }
-    node.carrick(&["volume", "replace", "vm1", &before[1], "--with", &before[0]]).fails(2, "INVALID_FIELD");
-    let shown = node.carrick(&["volume", "replace", "vm1", &before[1]]).ok();
-    let after = stores(&shown);
-    assert_eq!((&after[0], &after[2]), (&before[0], &before[2]), "in the same place");
-    assert!(!before.contains(&after[1]), "{after:?}");
-    node.wait_for("the first replica to be deleted", |node| {
-        let shown = node.carrick(&["volume", "show", "vm1"]).ok();
-        shown["leaving_stores"].as_array().is_none_or(Vec::is_empty).then_some(())
-    });
-    assert_eq!((0..4).map(|store| node.replicas_in(store)).sum::<usize>(), 3);
-    node.wait_for("a target that knows it", |node| (!node.pids("target").is_empty() && node.pids("target") != target).then_some(()));
-    // The store that lost it may be taken away now; the other may not.
-    node.carrick(&["store", "remove", &before[1]]).ok();
-    node.carrick(&["store", "remove", &after[1]]).fails(5, "STORE_IN_USE");
-}
-
-#[test]
-fn a_volume_whose_counting_replicas_are_lost_is_salvaged_only_if_that_is_said() {
-    let node = Node::new(3);
-    let volume = node.carrick(&["volume", "create", "vm1", "--size", "1G", "--replicas", "2"]).ok();
-    let stores: Vec<&str> = volume["replicas"].as_array().unwrap().iter().map(|replica| replica["store"].as_str().unwrap()).collect();
-    let salvage = |from: &str| node.carrick(&["volume", "salvage", "vm1", "--from", from, "--give-up-the-rest"]);
-    let message = node.carrick(&["volume", "salvage", "vm1", "--from", stores[0]]).fails(2, "INVALID_FIELD");
-    assert!(message.contains("lost for ever") && message.contains("--give-up-the-rest"), "{message}");
-    let message = salvage(stores[0]).fails(5, "NOTHING_TO_SALVAGE");
-    assert!(message.contains("2 of the 2 replicas"), "{message}");
-    salvage("/nonexistent").fails(3, "STORE_NOT_FOUND");
-    let other = (0..3).map(|number| node.store_path(number)).find(|path| {
-        let id = node.carrick(&["store", "show", path.to_str().unwrap()]).ok()["id"].as_str().unwrap().to_owned();
-        !stores.contains(&id.as_str())
-    });
-    salvage(other.unwrap().to_str().unwrap()).fails(2, "INVALID_FIELD");
-
-    // One of the two is gone: nobody can say that the other has everything.
-    let processes = node.carrick(&["status"]).ok()["processes"].clone();
-    let lost = processes.as_array().unwrap().iter().find(|process| process["subject"] == stores[1]).unwrap();
-    signal(u32::try_from(lost["pid"].as_u64().unwrap()).unwrap(), Signal::STOP);
-    let shown = salvage(stores[0]).ok();
-    assert_eq!(shown["replicas"].as_array().unwrap().len(), 1);
-    assert_eq!(shown["salvages"][0]["given_up_stores"].as_array().unwrap().len(), 1);
-    assert_eq!(shown["leaving_stores"].as_array().unwrap().len(), 1);
-    signal(u32::try_from(lost["pid"].as_u64().unwrap()).unwrap(), Signal::CONT);
-    node.wait_for("the other replica to be deleted", |node| {
-        let shown = node.carrick(&["volume", "show", "vm1"]).ok();
-        shown["leaving_stores"].as_array().is_none_or(Vec::is_empty).then_some(())
-    });
-    assert_eq!((0..3).map(|store| node.replicas_in(store)).sum::<usize>(), 1);
-    // With more replicas it is as before.
-    assert_eq!(node.carrick(&["volume", "add-replica", "vm1"]).ok()["replicas"].as_array().unwrap().len(), 2);
-    let shown = node.carrick(&["volume", "add-replica", "vm1"]).ok();
-    assert_eq!(shown["replicas"].as_array().unwrap().iter().filter(|replica| replica["counts"] == true).count(), 1);
-    node.carrick(&["volume", "add-replica", "vm1"]).fails(5, "TOO_FEW_STORES");
 }
 
 #[test]
