@@ -8,7 +8,7 @@ use std::thread;
 
 use carrick_backing_store::{BufferPool, VolumeId};
 use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory, TargetAnswer, TargetConfig};
-use carrick_replicator::engine::{ConfigRequest, EngineConfig};
+use carrick_replicator::engine::{ConfigRequest, EngineConfig, Predecessor};
 use carrick_replicator::io::{ControlSocket, Primary, PrimaryError, Sender, listen_unix, mailbox};
 use uuid::Uuid;
 
@@ -149,6 +149,8 @@ fn serve(
         copy_rate: config.rebuild_rate,
         changes_config: records.is_some(),
         attachment: config.attachment,
+        // carrickd starts one target after the other has ended, and the kernel gives a device to one process at a time.
+        predecessor: Predecessor::Ended,
         labels: config.replicas.iter().map(|replica| format!("the replica in store {}", replica.store)).collect(),
         ..EngineConfig::new(config.volume, config.size, config.replicas.len(), seed)
     };

@@ -15,6 +15,15 @@ pub struct MemberIndex(pub usize);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestTag(pub u64);
 
+/// What is known of whoever was primary before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Predecessor {
+    /// All who ever were have ended, or there was none.
+    Ended,
+    /// One may still run, and answer reads until its lease ends: nothing is served before.
+    MayServe,
+}
+
 /// What an engine is for, and its limits.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
@@ -39,6 +48,8 @@ pub struct EngineConfig {
     pub changes_config: bool,
     /// Which attachment of the volume this is: the metadata store lets no earlier one go on.
     pub attachment: Attachment,
+    /// Whether somebody else may still be primary.
+    pub predecessor: Predecessor,
     /// Seed of what is random: the nonces of terms.
     pub seed: u64,
     /// What people call the replicas, in the order of their indices, for messages.
@@ -60,6 +71,7 @@ impl EngineConfig {
             copy_rate: None,
             changes_config: false,
             attachment: Attachment::NONE,
+            predecessor: Predecessor::MayServe,
             labels: Vec::new(),
             seed,
         }

@@ -338,7 +338,7 @@ impl Engine {
         }
         self.advance_acknowledged(now);
         self.start_rebuilds(now);
-        self.retry_stalled_reads(now);
+        self.retry_reads(now);
     }
 
     /// Asks for the next config, if this one should change and everyone in the next is ready.

@@ -27,7 +27,8 @@ impl Engine {
             Phase::Electing { .. } => self.choose_term(now),
             Phase::Gathering { .. } => self.choose_content(now),
             Phase::Comparing => self.plan_copies(now),
-            Phase::Taking | Phase::Reconciling | Phase::Serving | Phase::Superseded => {}
+            Phase::Reconciling => self.serve_when_adopted(now),
+            Phase::Taking | Phase::Serving | Phase::Superseded => {}
         }
     }
 
@@ -108,6 +109,7 @@ impl Engine {
             return;
         };
         self.note = None;
+        self.begin_successor_wait(now);
         self.chosen = Some(chosen);
         self.choose_epoch();
         self.phase = Phase::Comparing;
@@ -206,11 +208,15 @@ impl Engine {
         }
     }
 
-    /// A participant has adopted the term: serves once all have, as they are a majority.
+    /// Whether all participants have adopted the term, and are a majority.
+    pub(super) fn is_adopted(&self) -> bool {
+        !self.members.iter().any(|member| matches!(member.stage, Stage::Adopting)) && self.is_majority(|_, member| member.is_joined())
+    }
+
+    /// A participant has adopted the term, or time has passed: serves once all have, and nobody else does.
     pub(super) fn serve_when_adopted(&mut self, now: Monotonic) {
-        let adopting = self.members.iter().any(|member| matches!(member.stage, Stage::Adopting));
         let (Phase::Reconciling, Some(term)) = (&self.phase, self.term) else { return };
-        if adopting || !self.is_majority(|_, member| member.is_joined()) {
+        if !self.is_adopted() || self.may_predecessor_read(now) {
             return;
         }
         self.phase = Phase::Serving;

@@ -32,7 +32,7 @@ impl Engine {
         self.advance_copies(now);
         if self.stall_deadline.is_some_and(|deadline| deadline <= now) {
             self.stall_deadline = None;
-            self.retry_stalled_reads(now);
+            self.retry_reads(now);
             self.retry_stalled_chunks(now);
         }
         self.arm_stall_retry(now);
@@ -60,6 +60,7 @@ impl Engine {
         members
             .flatten()
             .chain(self.read_deadline())
+            .chain(self.lease_deadline())
             .chain(self.gather_deadline())
             .chain(self.config_deadline())
             .chain(self.stall_deadline)
@@ -75,7 +76,8 @@ impl Engine {
     }
 
     pub(super) fn arm_stall_retry(&mut self, now: Monotonic) {
-        let stalled = !(self.stalled_reads.is_empty() && self.stalled_chunks.is_empty() && self.stalled_copies.is_empty());
+        let waiting = !self.stalled_reads.is_empty() || self.lease.has_waiting();
+        let stalled = waiting || !(self.stalled_chunks.is_empty() && self.stalled_copies.is_empty());
         if self.stall_deadline.is_none() && stalled {
             self.stall_deadline = Some(now + STALL_RETRY);
         }
@@ -98,11 +100,11 @@ impl Engine {
         }
     }
 
-    fn ping(&mut self, now: Monotonic, index: MemberIndex) {
+    pub(super) fn ping(&mut self, now: Monotonic, index: MemberIndex) {
         let quiet_since = self.members[index.0].quiet_since;
         let owed = self.members[index.0].owes();
         let ping = Frame::new(self.header(Kind::Ping), Body::Empty);
-        self.request(now, index, ping, Outstanding::Ping);
+        self.request(now, index, ping, Outstanding::Ping { asked: now });
         let member = &mut self.members[index.0];
         member.pinged = true;
         if owed {

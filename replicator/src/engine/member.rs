@@ -80,6 +80,8 @@ pub(super) struct Member {
     pub(super) answers: usize,
     /// When something was last heard from it, or when it came to owe something.
     pub(super) quiet_since: Monotonic,
+    /// When it was last asked something that it has answered: it had promised no later term then.
+    pub(super) confirmed: Option<Monotonic>,
     /// Whether a ping is among the answers it owes.
     pub(super) pinged: bool,
     pub(super) copy: Option<Copy>,
@@ -108,6 +110,7 @@ impl Member {
             read_time: Duration::ZERO,
             answers: 0,
             quiet_since: now,
+            confirmed: None,
             pinged: false,
             copy: None,
             damaged: false,

@@ -5,12 +5,13 @@
 //! Invariants, each checked by the simulation:
 //! * A write completes only when a majority of the members has received it, a flush only when a majority has everything that
 //!   completed before on stable media (I1, I2).
-//! * Reads go only to members that were sent every acknowledged write on the same ordered connection, and only while a majority
-//!   is joined (I3).
+//! * Reads go only to members that were sent every acknowledged write on the same ordered connection, and are answered only while no
+//!   other primary can serve (I3).
 //! * A member's old content is destroyed by a copy only while a majority without it has all that was acknowledged (I5).
 //!
 //! Which file decides what: `election` (who is primary, what content counts), `requests` (locks, merging, sequences, completion),
-//! `copy` (bringing replicas back), `difference` and `epochs` (by copying what they lack), `liveness` (who is lost or left behind), `session` (the conversation with a replica).
+//! `copy` (bringing replicas back), `difference` and `epochs` (by copying what they lack), `readers` and `lease` (whom to read from, and when that
+//! is an answer), `liveness` (who is lost or left behind), `session` (the conversation with a replica).
 
 mod api;
 mod backlog;
@@ -19,6 +20,7 @@ mod copy;
 mod difference;
 mod election;
 mod epochs;
+mod lease;
 mod liveness;
 mod member;
 mod pace;
@@ -30,13 +32,14 @@ mod session;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-pub use api::{Action, EngineConfig, MemberIndex, ReadBytes, Request, RequestError, RequestTag, Response};
+pub use api::{Action, EngineConfig, MemberIndex, Predecessor, ReadBytes, Request, RequestError, RequestTag, Response};
 use backlog::Backlog;
 use carrick_backing_store::{BLOCK_SIZE, BufferPool, ByteLength, ByteOffset, Epoch, Extent, Seq, SharedBuffer, Term};
 use config::Configs;
 pub use config::{Attachment, ConfigRecord, ConfigRequest, ConfigVersion, MemberSet};
 use difference::Side;
 use epochs::Epochs;
+use lease::Lease;
 use member::Member;
 pub use pace::COPY_RATE_MIN;
 use pace::Pace;
@@ -75,7 +78,9 @@ enum Phase {
 enum Outstanding {
     /// A step of the conversation: see [`member::Stage`].
     Control,
-    Ping,
+    Ping {
+        asked: Monotonic,
+    },
     /// The epoch whose raising counts for what is stable; none if it doesn't.
     Epoch(Epoch),
     /// What a side has written since what the destination of a copy knows as synced.
@@ -155,6 +160,7 @@ pub struct Engine {
     stalled_copies: Vec<MemberIndex>,
     stall_deadline: Option<Monotonic>,
     readers: Readers,
+    lease: Lease,
     repaired: u64,
     copied: ByteLength,
     pace: Pace,
@@ -200,6 +206,7 @@ impl Engine {
             stalled_copies: Vec::new(),
             stall_deadline: None,
             readers: Readers::default(),
+            lease: Lease::default(),
             repaired: 0,
             copied: ByteLength::ZERO,
             pace: Pace::new(config.copy_rate, now),

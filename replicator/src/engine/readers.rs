@@ -108,11 +108,8 @@ impl Engine {
     }
 
     /// The member to read from: joined, not excluded (a bit each), and the first to answer by what it has to do and how long it took
-    /// lately. None while no majority is joined: another primary may have taken over then.
+    /// lately.
     pub(super) fn best_reader(&mut self, excluded: u8) -> Option<MemberIndex> {
-        if !self.is_majority(|_, member| member.is_joined()) {
-            return None;
-        }
         let all = self.members.len();
         let start = self.readers.next;
         self.readers.next = (start + 1) % all;

@@ -203,16 +203,21 @@ impl Engine {
         if let Some(member) = self.best_reader(damaged) {
             let header = self.header(Kind::Read);
             self.note_read_asked(now);
+            self.renew_lease(now);
             self.request(now, member, Frame::range(header, extent), Outstanding::Read { job: id, asked: now });
         } else if self.member_indices().all(|index| !self.members[index.0].in_sync || damaged & 1 << index.0 != 0) {
             self.finish_job(now, id, Err(RequestError::Damaged));
         } else {
-            // In-sync replicas are away, or too few for a majority: the timer and every return try again.
+            // In-sync replicas are away: the timer and every return try again.
             self.stalled_reads.push(id);
         }
     }
 
-    pub(super) fn retry_stalled_reads(&mut self, now: Monotonic) {
+    /// Reads that found nobody to ask, or no lease, try again.
+    pub(super) fn retry_reads(&mut self, now: Monotonic) {
+        if self.lease.has_waiting() {
+            self.renew_lease(now);
+        }
         for id in std::mem::take(&mut self.stalled_reads) {
             self.read(now, id);
         }
@@ -232,7 +237,7 @@ impl Engine {
                 Body::Data { data, .. } => ReadBytes::Bytes(data.slice(within(job.blocks, job.extent))),
                 _ => ReadBytes::Zeroes,
             };
-            return self.finish_job(now, id, Ok(Response::Read(bytes)));
+            return self.answer_read(now, id, bytes);
         };
         let old = &mut merged[within(job.blocks, found)];
         match frame.body {

@@ -117,9 +117,13 @@ impl Engine {
         }
         let settled = if header.kind == Kind::Ack { None } else { self.settle(index, header.request) };
         match (header.kind, settled) {
-            (Kind::Pong, Some(Outstanding::Ping)) => self.members[index.0].pinged = false,
+            (Kind::Pong, Some(Outstanding::Ping { asked })) => {
+                self.members[index.0].pinged = false;
+                self.on_confirmed(now, index, asked);
+            }
             (Kind::ReadAnswer, Some(Outstanding::Read { job, asked })) => {
                 self.note_read_time(now, index, asked);
+                self.on_confirmed(now, index, asked);
                 self.on_read(now, job, frame);
             }
             (Kind::ReadAnswer, Some(Outstanding::CopyRead { destination, chunk, .. })) => {
@@ -232,7 +236,7 @@ impl Engine {
         self.tell_synced_soon(now);
         self.advance_acknowledged(now);
         self.start_rebuilds(now);
-        self.retry_stalled_reads(now);
+        self.retry_reads(now);
         self.retry_stalled_chunks(now);
         self.propose_change(now);
     }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use carrick_backing_store::{BufferPool, ByteLength, ReplicaSpec, StoreId, Term, VolumeId, VolumeSize};
 use carrick_replicator::control::{ReplicaAnswer, ReplicaProcessStatus, ReplicaRequest, RunDirectory, call};
 use carrick_replicator::endpoint::Endpoint;
-use carrick_replicator::engine::EngineConfig;
+use carrick_replicator::engine::{EngineConfig, Predecessor};
 use carrick_replicator::io::{Load, LoadLimit, LoadPattern, LoadReport, LoadSpec, Primary, PrimaryError, Verification};
 use carrick_replicator::wire::{Body, Frame, HEADER_LENGTH, Header, Hello, Kind};
 use rustix::process::{Pid, Signal, kill_process};
@@ -258,7 +258,7 @@ pub fn load_spec(size: VolumeSize) -> LoadSpec {
 }
 
 pub fn engine_config(volume: VolumeId, size: VolumeSize, members: usize) -> EngineConfig {
-    EngineConfig::new(volume, size, members, std::process::id().into())
+    EngineConfig { predecessor: Predecessor::Ended, ..EngineConfig::new(volume, size, members, std::process::id().into()) }
 }
 
 /// Makes a volume on these replicas.

@@ -15,6 +15,8 @@ pub struct Coverage {
     pub elections: u64,
     /// Targets that were left, and lived on.
     pub takeovers: u64,
+    /// Reads that these answered.
+    pub reads_from_old: u64,
     /// Replicas that came back too late, or were too slow, and were copied to while the target served.
     pub left_behind: u64,
     /// Copies of what a replica lacked since an epoch, and of all that there is.
@@ -71,12 +73,13 @@ impl Coverage {
         self.numbers().into_iter().filter(|(_, number)| **number == 0).map(|(name, _)| name).collect()
     }
 
-    fn numbers(&mut self) -> [(&'static str, &mut u64); 24] {
+    fn numbers(&mut self) -> [(&'static str, &mut u64); 25] {
         [
             ("runs", &mut self.runs),
             ("target starts", &mut self.target_starts),
             ("elections", &mut self.elections),
             ("takeovers", &mut self.takeovers),
+            ("reads from old targets", &mut self.reads_from_old),
             ("left behind", &mut self.left_behind),
             ("copies by difference", &mut self.differences),
             ("whole copies", &mut self.whole),

@@ -11,6 +11,7 @@ mod epochs;
 mod faults;
 mod last_one;
 mod network;
+mod old;
 mod planted;
 mod records;
 mod target;
@@ -33,6 +34,7 @@ use client::Pending;
 use faults::{Calm, FaultKind, choose_faults};
 use last_one::LastOne;
 use network::Connection;
+use old::Apart;
 pub use planted::Bug;
 use planted::Planted;
 use target::{Incarnation, Target};
@@ -104,6 +106,8 @@ enum Event {
     /// The target ends, if it is still this one.
     EndTarget(Incarnation),
     Timer(Incarnation, u64),
+    /// Somebody reads from a target that was left.
+    AskOld(Incarnation),
     Fault,
     /// The client has rested.
     Rested,
@@ -148,6 +152,7 @@ pub struct World {
     target: Option<Target>,
     /// One that the client has left.
     old: Option<Target>,
+    apart: Option<Apart>,
     /// The latest one's.
     incarnation: Incarnation,
     /// What the metadata store has, and until when it can't be reached.
@@ -210,6 +215,7 @@ impl World {
             next_connection: 0,
             target: None,
             old: None,
+            apart: None,
             incarnation: 0,
             record: ConfigRecord::first(plan.replicas),
             records_away: 0,
@@ -440,6 +446,7 @@ impl World {
             Event::EndTarget(_) => {}
             Event::StartTarget => self.start_target(),
             Event::Timer(incarnation, number) => self.on_timer(incarnation, number),
+            Event::AskOld(incarnation) => self.ask_old(incarnation),
             Event::Fault => self.fault(),
             // It looks in a moment, as after every event.
             Event::Rested => {}
@@ -498,7 +505,9 @@ impl World {
                 ServiceAction::Close(connection) => {
                     self.machines[index].connections.remove(&connection);
                     let at = self.connections.get(&connection).map_or(self.now, |state| state.to_target.max(self.now) + 1);
-                    self.schedule(at, Event::GoneAtTarget(connection));
+                    if !self.connections.get(&connection).is_some_and(|state| state.mute) {
+                        self.schedule(at, Event::GoneAtTarget(connection));
+                    }
                     if let Some(service) = &mut self.machines[index].service {
                         service.on_disconnected(connection);
                     }

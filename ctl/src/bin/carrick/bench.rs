@@ -22,7 +22,7 @@ use carrick_backing_store::{BufferPool, ByteLength, ReplicaSpec, StoreId, Term, 
 use carrick_ctl::fault::{Fault, Reason};
 use carrick_replicator::control::{ControlErrorCode, MemberState, ReplicaAnswer, ReplicaRequest, RunDirectory, call};
 use carrick_replicator::endpoint::Endpoint;
-use carrick_replicator::engine::{Engine, EngineConfig, Request, RequestError, RequestTag, Response};
+use carrick_replicator::engine::{Engine, EngineConfig, Predecessor, Request, RequestError, RequestTag, Response};
 use carrick_replicator::io::{
     Completed, FrontEnd, Histogram, LatencySummary, Load, LoadLimit, LoadPattern, LoadReport, LoadSpec, OperationReport, Primary,
     PrimaryError, Reactor, Verification,
@@ -166,7 +166,7 @@ impl<'a> Plan<'a> {
 
     /// Runs one load to its end, and a flush after it.
     fn run(&self, volume: VolumeId, endpoints: &[Endpoint], spec: LoadSpec, flush_every: Option<u64>) -> Result<Measured, Problem> {
-        let config = EngineConfig::new(volume, self.size, endpoints.len(), rand_seed());
+        let config = EngineConfig { predecessor: Predecessor::Ended, ..EngineConfig::new(volume, self.size, endpoints.len(), rand_seed()) };
         let pool = BufferPool::new(POOL_BYTES);
         let load = Load::new(spec, pool.clone()).map_err(Problem::local)?;
         let mut measured = Measured::new(load, flush_every);

@@ -1,5 +1,6 @@
 //! The client: what it asks of the volume, and what it makes of the answers.
 
+use carrick_backing_store::dice::Dice;
 use carrick_backing_store::{ByteLength, ByteOffset, Extent};
 use carrick_replicator::engine::{ReadBytes, Request, RequestError, RequestTag, Response};
 
@@ -31,6 +32,29 @@ fn discarded(extent: Extent) -> std::ops::Range<u64> {
     first..end.max(first)
 }
 
+/// Sectors anywhere, mostly whole blocks.
+pub(super) fn random_extent(dice: &mut Dice) -> Extent {
+    let all = BLOCKS * 8;
+    let mut first = dice.below(all);
+    let mut count = 1 + dice.skewed(40).min(all - first - 1);
+    if !dice.once_in(3) {
+        first = first / 8 * 8;
+        count = count.next_multiple_of(8).min(all - first);
+    }
+    Extent::new(ByteOffset::new(first * SECTOR), ByteLength::new(count * SECTOR)).unwrap()
+}
+
+/// What a read of these sectors gave.
+pub(super) fn bytes_read(extent: Extent, found: ReadBytes) -> Vec<u8> {
+    let length = usize::try_from(extent.length().get()).unwrap();
+    let bytes = match found {
+        ReadBytes::Zeroes => vec![0; length],
+        ReadBytes::Bytes(bytes) => bytes.to_vec(),
+    };
+    assert_eq!(bytes.len(), length);
+    bytes
+}
+
 impl World {
     pub(super) fn on_complete(&mut self, tag: RequestTag, result: Result<Response, RequestError>) -> Result<(), String> {
         let pending = self.pending.remove(&tag).ok_or_else(|| format!("{tag:?} was completed twice"))?;
@@ -40,13 +64,7 @@ impl World {
         let response = result.map_err(|error| format!("{:?} failed: {error}", pending.request))?;
         match (pending.request, response) {
             (Request::Read { extent }, Response::Read(found)) => {
-                let length = usize::try_from(extent.length().get()).unwrap();
-                let bytes = match found {
-                    ReadBytes::Zeroes => vec![0; length],
-                    ReadBytes::Bytes(bytes) => bytes.to_vec(),
-                };
-                assert_eq!(bytes.len(), length);
-                self.checker.read_ends(pending.began, extent.offset().get() / SECTOR, &bytes)?;
+                self.checker.read_ends(pending.began, extent.offset().get() / SECTOR, &bytes_read(extent, found))?;
             }
             (Request::Write { extent, fua, .. } | Request::WriteZeroes { extent, fua }, Response::Done) => {
                 self.checker.write_ends(pending.stamp, fua, sectors(extent));
@@ -82,15 +100,7 @@ impl World {
     }
 
     fn random_request(&mut self, stamp: u64) -> Pending {
-        let all = BLOCKS * 8;
-        let first = self.dice.below(all);
-        let mut count = 1 + self.dice.skewed(40).min(all - first - 1);
-        let mut first = first;
-        if !self.dice.once_in(3) {
-            first = first / 8 * 8;
-            count = count.next_multiple_of(8).min(all - first);
-        }
-        let extent = Extent::new(ByteOffset::new(first * SECTOR), ByteLength::new(count * SECTOR)).unwrap();
+        let extent = random_extent(&mut self.dice);
         let fua = self.dice.once_in(8);
         let request = match self.dice.below(16) {
             0..=4 => Request::Read { extent },

@@ -18,6 +18,8 @@ pub(super) struct Connection {
     pub(super) open_at_target: bool,
     /// Nothing sent to the replica arrives any more.
     pub(super) cut: bool,
+    /// Nothing sent to the target arrives any more.
+    pub(super) mute: bool,
 }
 
 impl World {
@@ -32,7 +34,7 @@ impl World {
     pub(super) fn unless_target_stopped(&mut self, event: Event) -> Option<Event> {
         let incarnation = match &event {
             Event::ToTarget(connection, _) | Event::GoneAtTarget(connection) => self.connections.get(connection)?.incarnation,
-            Event::Timer(incarnation, _) | Event::ConfigAnswered(incarnation, _) => *incarnation,
+            Event::Timer(incarnation, _) | Event::ConfigAnswered(incarnation, _) | Event::AskOld(incarnation) => *incarnation,
             _ => return Some(event),
         };
         let now = self.now;
@@ -89,9 +91,8 @@ impl World {
 
     pub(super) fn send(&mut self, connection: ConnectionId, frame: Frame, to_replica: bool) {
         let delay = 10 + self.dice.skewed(2 * MILLISECOND);
-        let Some(replica) = self.connections.get(&connection).filter(|state| !(to_replica && state.cut)).map(|state| state.replica) else {
-            return;
-        };
+        let arrives = |state: &&Connection| !(if to_replica { state.cut } else { state.mute });
+        let Some(replica) = self.connections.get(&connection).filter(arrives).map(|state| state.replica) else { return };
         let delay = delay + if to_replica { self.link_delay(replica) } else { 0 };
         if frame.header.kind == Kind::PromiseAnswer {
             let promised = &mut self.machines[replica].promised;

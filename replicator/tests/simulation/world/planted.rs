@@ -31,10 +31,12 @@ pub enum Bug {
     ServeUnreconciled,
     /// A sync that has failed is answered like one that has not.
     IgnoreFailedSync,
+    /// Nobody is said to have served before.
+    ForgetPredecessor,
 }
 
 impl Bug {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::AcknowledgeOnSend,
         Self::ForgetPromise,
         Self::FlushOne,
@@ -43,6 +45,7 @@ impl Bug {
         Self::CopyNothing,
         Self::ServeUnreconciled,
         Self::IgnoreFailedSync,
+        Self::ForgetPredecessor,
     ];
 
     /// The faults among which it matters, if it takes some that are rare together.
@@ -51,6 +54,7 @@ impl Bug {
             Self::FlushOne => Some(&[FaultKind::LastOne, FaultKind::KillReplica, FaultKind::PowerEverywhere]),
             Self::ForgetConfig => Some(&[FaultKind::LastOne, FaultKind::KillReplica]),
             Self::IgnoreFailedSync => Some(&[FaultKind::FailSync, FaultKind::PowerEverywhere]),
+            Self::ForgetPredecessor => Some(&[FaultKind::TakeOver]),
             _ => None,
         }
     }
@@ -73,7 +77,7 @@ impl Planted {
 }
 
 impl World {
-    fn has(&self, bug: Bug) -> bool {
+    pub(super) fn has(&self, bug: Bug) -> bool {
         self.plan.bug == Some(bug)
     }
 

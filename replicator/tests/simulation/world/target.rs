@@ -1,9 +1,10 @@
-//! Targets: the one that the client uses, and one that it no longer uses, which may not know that yet.
+//! Targets: the one that the client uses; `old` has the one that it no longer uses.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use carrick_backing_store::{ByteLength, Epoch};
-use carrick_replicator::engine::{Action, ConfigRecord, Engine, EngineConfig, MemberIndex, RequestTag};
+use carrick_replicator::engine::{Action, Engine, EngineConfig, MemberIndex, Predecessor, RequestTag};
 use carrick_replicator::replica::ConnectionId;
 use carrick_replicator::time::Monotonic;
 use carrick_replicator::wire::{Flags, Frame, Kind};
@@ -11,6 +12,8 @@ use carrick_replicator::wire::{Flags, Frame, Kind};
 use super::client::Pending;
 use super::faults::FaultKind;
 use super::network::Connection;
+use super::old::Asked;
+use super::planted::Bug;
 use super::{Event, MILLISECOND, Micros, SECOND, World};
 use crate::machine_store::{size, volume};
 
@@ -25,9 +28,11 @@ pub(super) struct Target {
     /// The highest that it has told anybody to raise to.
     pub(super) epoch: Epoch,
     /// When it is next told that time has passed.
-    timer: Option<(Micros, u64)>,
+    pub(super) timer: Option<(Micros, u64)>,
     /// Stopped by a signal: events wait until then.
     pub(super) stopped_until: Micros,
+    /// What those who still use it when it has been left ask of it.
+    pub(super) asked: BTreeMap<RequestTag, Asked>,
 }
 
 impl World {
@@ -63,6 +68,7 @@ impl World {
             epoch_time: Duration::from_micros(1 + self.dice.skewed(2 * SECOND)),
             changes_config: true,
             attachment: self.record.attachment,
+            predecessor: if self.old.is_some() && !self.has(Bug::ForgetPredecessor) { Predecessor::MayServe } else { Predecessor::Ended },
             copy_rate: self.dice.coin().then_some(ByteLength::new(1 << 20)),
             ..EngineConfig::new(volume(), size(), self.machines.len(), self.dice.number())
         };
@@ -75,7 +81,15 @@ impl World {
             engine.submit(self.monotonic(), tag, pending.request);
         }
         let links = vec![None; self.machines.len()];
-        self.target = Some(Target { incarnation: self.incarnation, engine, links, epoch: Epoch::NEVER, timer: None, stopped_until: 0 });
+        self.target = Some(Target {
+            incarnation: self.incarnation,
+            engine,
+            links,
+            epoch: Epoch::NEVER,
+            timer: None,
+            stopped_until: 0,
+            asked: BTreeMap::new(),
+        });
         self.note(format!("target {} starts", self.incarnation));
     }
 
@@ -87,44 +101,9 @@ impl World {
         self.schedule(back, Event::StartTarget);
     }
 
-    pub(super) fn kill_old(&mut self) {
-        if let Some(old) = self.old.take() {
-            self.note(format!("target {}, which nobody uses, is killed", old.incarnation));
-            self.bury(old);
-        }
-    }
-
-    fn bury(&mut self, target: Target) {
+    pub(super) fn bury(&mut self, target: Target) {
         self.coverage.add_engine(&target.engine);
         target.links.into_iter().flatten().for_each(|link| self.break_at_replica(link));
-    }
-
-    /// The client moves to another target, while the one that it used lives on, or is stopped for a while. Some connections of that
-    /// one break, others stay.
-    pub(super) fn take_over(&mut self) {
-        self.kill_old();
-        let Some(mut old) = self.target.take() else { return };
-        self.note(format!("target {} is left alone", old.incarnation));
-        self.coverage.takeovers += 1;
-        let (version, attachment) = (self.record.version.next(), self.record.attachment.next());
-        self.record = ConfigRecord { version, attachment, ..self.record };
-        if self.dice.coin() {
-            old.stopped_until = self.now + self.dice.skewed(8 * SECOND);
-            // Then it looks at the clock.
-            self.timer_number += 1;
-            old.timer = Some((old.stopped_until, self.timer_number));
-            self.schedule(old.stopped_until, Event::Timer(old.incarnation, self.timer_number));
-        }
-        for link in old.links.clone().into_iter().flatten() {
-            if self.dice.coin() {
-                self.break_at_replica(link);
-                let delay = self.dice.skewed(3 * SECOND);
-                self.schedule(self.now + delay, Event::GoneAtTarget(link));
-            }
-        }
-        self.old = Some(old);
-        let begin = self.now + 1 + self.dice.skewed(SECOND);
-        self.schedule(begin, Event::StartTarget);
     }
 
     pub(super) fn on_timer(&mut self, incarnation: Incarnation, number: u64) {
@@ -192,9 +171,8 @@ impl World {
                 }
             }
             Action::Config(request) => self.ask_config(incarnation, request),
-            // Who asked the old one is no more.
             Action::Complete(tag, result) if self.is_current(incarnation) => self.on_complete(tag, result)?,
-            Action::Complete(..) => {}
+            Action::Complete(tag, result) => self.on_old_complete(tag, result)?,
             Action::Serve(term) => {
                 self.coverage.elections += 1;
                 self.note(format!("target {incarnation} serves under {term}"));
@@ -215,13 +193,15 @@ impl World {
     fn connect(&mut self, incarnation: Incarnation, member: MemberIndex) {
         self.next_connection += 1;
         let connection = ConnectionId(self.next_connection);
-        let state = Connection { incarnation, replica: member.0, to_replica: 0, to_target: 0, open_at_target: false, cut: false };
+        let state =
+            Connection { incarnation, replica: member.0, to_replica: 0, to_target: 0, open_at_target: false, cut: false, mute: false };
         self.connections.insert(connection, state);
         if let Some(target) = self.target_of(incarnation) {
             target.links[member.0] = Some(connection);
         }
         let delay = 50 + self.dice.skewed(MILLISECOND);
-        self.schedule(self.now + delay, Event::Open(connection));
+        let at = (self.now + delay).max(self.reachable_from(incarnation, member));
+        self.schedule(at, Event::Open(connection));
     }
 
     /// What the target tells a member shows what becomes of it.
