@@ -1,10 +1,14 @@
 //! Block-aligned memory that is reused: data is copied in once and then shared by reference until every replica has it.
+//!
+//! A pool and its buffers belong to one thread: nothing is locked, and once as many buffers exist as are used at a time, nothing is
+//! allocated either.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::cell::RefCell;
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
+use std::rc::Rc;
 use std::slice;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::units::BLOCK_SIZE;
 
@@ -19,11 +23,6 @@ struct Memory {
     start: NonNull<u8>,
     capacity: usize,
 }
-
-// SAFETY: `Memory` owns its allocation alone, like a `Box<[u8]>`.
-unsafe impl Send for Memory {}
-// SAFETY: shared access only reads.
-unsafe impl Sync for Memory {}
 
 impl Memory {
     fn layout(capacity: usize) -> Layout {
@@ -48,7 +47,7 @@ impl Drop for Memory {
 
 #[derive(Debug)]
 struct Shelves {
-    free: [Vec<Memory>; CLASSES],
+    free: [Vec<Rc<Memory>>; CLASSES],
     kept: usize,
     keep_max: usize,
 }
@@ -56,14 +55,14 @@ struct Shelves {
 /// A pool of aligned buffers. It keeps at most a given number of free bytes; more go back to the allocator at once.
 #[derive(Clone, Debug)]
 pub struct BufferPool {
-    shelves: Arc<Mutex<Shelves>>,
+    shelves: Rc<RefCell<Shelves>>,
 }
 
 impl BufferPool {
     /// A pool that keeps up to `keep_max` bytes of free memory.
     #[must_use]
     pub fn new(keep_max: usize) -> Self {
-        Self { shelves: Arc::new(Mutex::new(Shelves { free: Default::default(), kept: 0, keep_max })) }
+        Self { shelves: Rc::new(RefCell::new(Shelves { free: Default::default(), kept: 0, keep_max })) }
     }
 
     fn class(length: usize) -> usize {
@@ -79,27 +78,24 @@ impl BufferPool {
     pub fn take(&self, length: usize) -> Buffer {
         assert!(length <= CAPACITY_MAX, "a buffer of {length} bytes was asked for, {CAPACITY_MAX} is the limit");
         let class = Self::class(length);
-        let reused = {
-            let mut shelves = self.shelves.lock().unwrap_or_else(PoisonError::into_inner);
-            let memory = shelves.free[class].pop();
-            if let Some(memory) = &memory {
-                shelves.kept -= memory.capacity;
-            }
-            memory
-        };
-        let memory = reused.unwrap_or_else(|| Memory::new((BLOCK_SIZE as usize) << class));
-        Buffer { memory: Some(memory), length, pool: self.clone() }
+        let mut shelves = self.shelves.borrow_mut();
+        let reused = shelves.free[class].pop();
+        if let Some(memory) = &reused {
+            shelves.kept -= memory.capacity;
+        }
+        let memory = reused.unwrap_or_else(|| Rc::new(Memory::new((BLOCK_SIZE as usize) << class)));
+        Buffer { held: Held { memory: Some(memory), pool: self.clone() }, length }
     }
 
     /// Gives all free memory back to the allocator, for a process that has become idle.
     pub fn trim(&self) {
-        let mut shelves = self.shelves.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shelves = self.shelves.borrow_mut();
         shelves.free = Default::default();
         shelves.kept = 0;
     }
 
-    fn put(&self, memory: Memory) {
-        let mut shelves = self.shelves.lock().unwrap_or_else(PoisonError::into_inner);
+    fn put(&self, memory: Rc<Memory>) {
+        let mut shelves = self.shelves.borrow_mut();
         if shelves.kept + memory.capacity <= shelves.keep_max {
             shelves.kept += memory.capacity;
             let class = Self::class(memory.capacity);
@@ -108,20 +104,40 @@ impl BufferPool {
     }
 }
 
+/// Memory that goes back to its pool with its last user.
+#[derive(Clone, Debug)]
+struct Held {
+    memory: Option<Rc<Memory>>,
+    pool: BufferPool,
+}
+
+impl Held {
+    fn start(&self) -> NonNull<u8> {
+        // Without memory no byte is ever looked at.
+        self.memory.as_ref().map_or(NonNull::dangling(), |memory| memory.start)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take().filter(|memory| Rc::strong_count(memory) == 1) {
+            self.pool.put(memory);
+        }
+    }
+}
+
 /// A block-aligned buffer with one owner, who may write to it.
 #[derive(Debug)]
 pub struct Buffer {
-    memory: Option<Memory>,
+    held: Held,
     length: usize,
-    pool: BufferPool,
 }
 
 impl Buffer {
     /// Ends writing, begins sharing.
     #[must_use]
     pub fn share(self) -> SharedBuffer {
-        let range = 0..self.length;
-        SharedBuffer { buffer: Arc::new(self), range }
+        SharedBuffer { held: self.held, range: 0..self.length }
     }
 
     /// Shortens it.
@@ -134,40 +150,26 @@ impl Buffer {
     }
 }
 
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        if let Some(memory) = self.memory.take() {
-            self.pool.put(memory);
-        }
-    }
-}
-
 impl Deref for Buffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        match &self.memory {
-            // SAFETY: `length <= capacity` initialised bytes, owned by this buffer.
-            Some(memory) => unsafe { slice::from_raw_parts(memory.start.as_ptr(), self.length) },
-            None => &[],
-        }
+        // SAFETY: `length <= capacity` initialised bytes, owned by this buffer alone until it is shared.
+        unsafe { slice::from_raw_parts(self.held.start().as_ptr(), self.length) }
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        match &self.memory {
-            // SAFETY: as above, and `&mut self` makes the access unique.
-            Some(memory) => unsafe { slice::from_raw_parts_mut(memory.start.as_ptr(), self.length) },
-            None => &mut [],
-        }
+        // SAFETY: as above, and `&mut self` makes the access unique.
+        unsafe { slice::from_raw_parts_mut(self.held.start().as_ptr(), self.length) }
     }
 }
 
 /// A read-only view of a buffer that is cheap to clone.
 #[derive(Clone, Debug)]
 pub struct SharedBuffer {
-    buffer: Arc<Buffer>,
+    held: Held,
     range: Range<usize>,
 }
 
@@ -179,7 +181,7 @@ impl SharedBuffer {
     #[must_use]
     pub fn slice(&self, part: Range<usize>) -> Self {
         assert!(part.start <= part.end && part.end <= self.range.len(), "part {part:?} of a view of {} bytes", self.range.len());
-        Self { buffer: Arc::clone(&self.buffer), range: self.range.start + part.start..self.range.start + part.end }
+        Self { held: self.held.clone(), range: self.range.start + part.start..self.range.start + part.end }
     }
 }
 
@@ -187,7 +189,8 @@ impl Deref for SharedBuffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.buffer[self.range.clone()]
+        // SAFETY: the range was within the buffer that was shared, which nobody writes to any more.
+        unsafe { slice::from_raw_parts(self.held.start().as_ptr().add(self.range.start), self.range.len()) }
     }
 }
 
@@ -207,9 +210,9 @@ mod tests {
         let other = pool.take(4096);
         drop(again);
         drop(other);
-        assert_eq!(pool.shelves.lock().unwrap().kept, 8192, "the second one is over the bound and goes back to the allocator");
+        assert_eq!(pool.shelves.borrow().kept, 8192, "the second one is over the bound and goes back to the allocator");
         pool.trim();
-        assert_eq!(pool.shelves.lock().unwrap().kept, 0);
+        assert_eq!(pool.shelves.borrow().kept, 0);
     }
 
     #[test]
@@ -221,8 +224,8 @@ mod tests {
         let part = shared.slice(100..200).slice(0..1);
         drop(shared);
         assert_eq!(&*part, &[9]);
-        assert_eq!(pool.shelves.lock().unwrap().kept, 0);
+        assert_eq!(pool.shelves.borrow().kept, 0);
         drop(part);
-        assert_eq!(pool.shelves.lock().unwrap().kept, 4096);
+        assert_eq!(pool.shelves.borrow().kept, 4096);
     }
 }

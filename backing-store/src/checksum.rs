@@ -1,10 +1,15 @@
 //! The CRC32C of a block, bound to the volume and the block's place, so that a block that is right but in the wrong place
 //! (a misdirected write, a mixed-up volume) is found as surely as a flipped bit.
 
+use smallvec::SmallVec;
+
 use crate::units::{BLOCK_SIZE, BlockIndex, VolumeId};
 
 /// CRC32C over {volume id, block index as u64 little-endian, the block's 4096 bytes}.
 pub type Checksum = u32;
+
+/// Those of blocks side by side. Up to 32 KiB, what most requests have, nothing is allocated for them.
+pub type Checksums = SmallVec<[Checksum; 8]>;
 
 static ZERO_BLOCK: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
 

@@ -14,7 +14,7 @@ pub mod store;
 pub mod units;
 
 pub use buffer::{Buffer, BufferPool, SharedBuffer};
-pub use checksum::{Checksum, block_checksum, zero_block_checksums};
+pub use checksum::{Checksum, Checksums, block_checksum, zero_block_checksums};
 pub use memory::{MemoryStore, PowerLoss};
 pub use store::{
     BLOCKS_MAX, CHANGED_MAX, ChangedExtent, ChangedExtents, Completion, Content, LoggedExtents, OpenedReplica, Operation, Outcome,

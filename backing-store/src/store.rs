@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::buffer::SharedBuffer;
-use crate::checksum::Checksum;
+use crate::checksum::{Checksum, Checksums};
 use crate::units::{BLOCK_SIZE, BlockIndex, ByteLength, Epoch, Extent, Seq, SnapshotId, StoreId, Term, VolumeId, VolumeSize};
 
 /// What a replica is of, fixed at its creation.
@@ -90,7 +90,7 @@ pub enum Operation {
         /// Which blocks.
         extent: Extent,
         /// One per block; the caller has verified them against `data`.
-        checksums: Vec<Checksum>,
+        checksums: Checksums,
         /// The blocks.
         data: SharedBuffer,
     },
@@ -223,7 +223,7 @@ pub enum ReadData {
     /// The bytes and one checksum per block (holes among them have the checksum of a block of zeros).
     Blocks {
         /// One per block.
-        checksums: Vec<Checksum>,
+        checksums: Checksums,
         /// The blocks.
         data: SharedBuffer,
     },

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use carrick_backing_store::disk::{Access, PlaceOptions, RingDisk, StorePlace};
 use carrick_backing_store::epoch_map::{self, CheckOptions, EpochMap, FormatOptions, OpenOptions};
 use carrick_backing_store::{
-    BlockIndex, BufferPool, ByteLength, ByteOffset, Completion, Content, Extent, LoggedExtents, Operation, Outcome, ReadData, ReplicaSpec,
-    ReplicaStore, Seq, StoreError, Token, VolumeId, VolumeSize, block_checksum,
+    BlockIndex, BufferPool, ByteLength, ByteOffset, Checksums, Completion, Content, Extent, LoggedExtents, Operation, Outcome, ReadData,
+    ReplicaSpec, ReplicaStore, Seq, StoreError, Token, VolumeId, VolumeSize, block_checksum,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -54,7 +54,7 @@ fn write(seq: u64) -> Operation {
         return Operation::WriteZeroes { seq: Some(Seq::new(seq)), extent };
     }
     let mut buffer = BufferPool::new(0).take(usize::try_from(count * 4096).unwrap());
-    let mut checksums = Vec::new();
+    let mut checksums = Checksums::new();
     for (block, place) in (first..).zip(buffer.chunks_exact_mut(4096)) {
         place.copy_from_slice(&content(block, seq));
         checksums.push(block_checksum(VOLUME, BlockIndex::new(block), place));

@@ -35,7 +35,6 @@ struct Worker {
     /// Which request wrote each sector; 0 for zeros.
     stamps: Vec<u64>,
     dice: Dice,
-    pool: BufferPool,
 }
 
 impl History {
@@ -46,8 +45,7 @@ impl History {
             let direct = i32::try_from(rustix::fs::OFlags::DIRECT.bits())?;
             let file = OpenOptions::new().read(true).write(true).custom_flags(direct).open(device)?;
             let stamps = vec![0; usize::try_from(region / SECTOR)?];
-            let (dice, pool) = (Dice::new(seed + index), BufferPool::new(4 << 20));
-            let mut worker = Worker { file, start: start + index * region, align, stamps, dice, pool };
+            let mut worker = Worker { file, start: start + index * region, align, stamps, dice: Dice::new(seed + index) };
             let stop = Arc::clone(&stop);
             Ok(thread::spawn(move || worker.run(&stop)))
         };
@@ -107,7 +105,7 @@ impl Worker {
             }
             6 if stamp.is_multiple_of(16) => self.file.sync_data().context("fsync"),
             _ => {
-                let mut buffer = self.pool.take(usize::try_from(length)?);
+                let mut buffer = BufferPool::new(0).take(usize::try_from(length)?);
                 for (sector, bytes) in (offset / SECTOR..).zip(buffer.chunks_exact_mut(512)) {
                     fill(bytes, stamp, self.start / SECTOR + sector);
                 }
@@ -134,7 +132,7 @@ impl Worker {
     }
 
     fn check(&mut self, offset: u64, length: u64) -> anyhow::Result<()> {
-        let mut buffer = self.pool.take(usize::try_from(length)?);
+        let mut buffer = BufferPool::new(0).take(usize::try_from(length)?);
         self.file.read_exact_at(&mut buffer, self.start + offset).with_context(|| format!("reading {offset}+{length}"))?;
         let mut wanted = [0; 512];
         for (sector, bytes) in (offset / SECTOR..).zip(buffer.chunks_exact(512)) {

@@ -19,7 +19,7 @@ use crate::units::BLOCK_SIZE;
 
 pub use place::{Access, PlaceOptions, STORE_MIN, StorePlace};
 pub use ring::RingDisk;
-pub use simulated::{DiskCounters, SimulatedDisk};
+pub use simulated::{DiskCounters, DiskImage, SimulatedDisk};
 
 /// Index of a 4 KiB block of a store's disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -61,9 +61,6 @@ enum Action {
     },
 }
 
-// SAFETY: the pointers lead into the buffers of the job that the part belongs to, which move between threads with it.
-unsafe impl Send for Action {}
-
 /// A request, or as much of one as fits in one entry.
 struct Part {
     job: usize,
@@ -88,8 +85,7 @@ struct Job {
 
 /// A disk that is a regular file or a block device.
 ///
-/// It may move to another thread, with its owner, when nothing is in flight. When it is dropped it waits for what is in flight,
-/// since the kernel still uses the buffers.
+/// It stays on its thread. When it is dropped it waits for what is in flight, since the kernel still uses the buffers.
 pub struct RingDisk {
     ring: IoUring,
     wake: OwnedFd,
@@ -127,8 +123,7 @@ impl std::fmt::Debug for RingDisk {
 }
 
 fn build_ring() -> io::Result<IoUring> {
-    // No SINGLE_ISSUER: a store is opened on one thread and served on another. COOP_TASKRUN: completions wait until this
-    // thread is in the kernel anyway, instead of interrupting it.
+    // COOP_TASKRUN: completions wait until this thread is in the kernel anyway, instead of interrupting it.
     match IoUring::builder().setup_clamp().setup_submit_all().setup_coop_taskrun().build(ENTRIES) {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::builder().setup_clamp().build(ENTRIES),
         built => built,

@@ -1,7 +1,7 @@
 //! What the journal remembers: one record per change, and nothing that could not be said again.
 
 use super::codec::{FormatError, Reader, Writer, count};
-use crate::checksum::Checksum;
+use crate::checksum::{Checksum, Checksums};
 use crate::disk::DiskBlock;
 use crate::store::{Content, ReplicaState, Synced};
 use crate::units::{BlockIndex, Epoch, Seq, SnapshotId, Term, VolumeId, VolumeSize};
@@ -33,7 +33,7 @@ pub enum Record {
         /// Where they are, in order.
         runs: Vec<Run>,
         /// One per block.
-        checksums: Vec<Checksum>,
+        checksums: Checksums,
     },
     /// Blocks are overwritten where they are; the data is in the batch, and is copied there later.
     Overwrite {
@@ -44,7 +44,7 @@ pub enum Record {
         /// The first block.
         block: BlockIndex,
         /// One per block; the blocks' data are the next of the batch's payload.
-        checksums: Vec<Checksum>,
+        checksums: Checksums,
     },
     /// Blocks became zeros.
     Zeroes {
@@ -323,7 +323,7 @@ fn write_checksums(writer: &mut Writer, checksums: &[Checksum]) {
     }
 }
 
-fn read_checksums(reader: &mut Reader<'_>) -> Result<Vec<Checksum>, FormatError> {
+fn read_checksums(reader: &mut Reader<'_>) -> Result<Checksums, FormatError> {
     let length = reader.u32()?;
     let length = count(reader, length, 4)?;
     (0..length).map(|_| reader.u32()).collect()

@@ -6,7 +6,7 @@ use super::OpId;
 use super::catalog::ReplicaRecord;
 use super::reading::ReadKey;
 use crate::buffer::SharedBuffer;
-use crate::checksum::Checksum;
+use crate::checksum::Checksums;
 use crate::store::{OpenedReplica, ReplicaSpec, ReplicaState, SnapshotInfo, Token};
 use crate::units::{Epoch, Extent, Seq, SnapshotId, VolumeSize};
 
@@ -20,7 +20,7 @@ pub(super) struct Change {
 
 #[derive(Debug)]
 pub(super) enum ChangeKind {
-    Write { seq: Option<Seq>, extent: Extent, checksums: Vec<Checksum>, data: SharedBuffer },
+    Write { seq: Option<Seq>, extent: Extent, checksums: Checksums, data: SharedBuffer },
     Zeroes { seq: Option<Seq>, extent: Extent },
     State { state: ReplicaState, position: Option<Seq> },
     Logged { after: Seq },

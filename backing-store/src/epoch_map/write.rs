@@ -9,7 +9,7 @@ use super::space::{Floor, Shortage};
 use super::tree::Missing;
 use super::{EpochMap, OpId, Purpose, Waiter};
 use crate::buffer::SharedBuffer;
-use crate::checksum::Checksum;
+use crate::checksum::{Checksum, Checksums};
 use crate::disk::{Disk, DiskBlock, DiskWork};
 use crate::store::{Outcome, StoreError, Token};
 use crate::units::{BLOCK_SIZE, BlockIndex, Epoch, Extent, Seq, VolumeSize};
@@ -216,7 +216,7 @@ impl<D: Disk> EpochMap<D> {
         for stretch in stretches {
             let range = place_in(stretch.blocks.start)..place_in(stretch.blocks.end);
             let block = BlockIndex::new(stretch.blocks.start);
-            let (seq, checksums) = (seq.unwrap_or(Seq::ZERO), checksums[range.clone()].to_vec());
+            let (seq, checksums) = (seq.unwrap_or(Seq::ZERO), Checksums::from(&checksums[range.clone()]));
             if stretch.in_place {
                 payload.push(data.slice(range.start * BLOCK_SIZE as usize..range.end * BLOCK_SIZE as usize));
                 new_places.extend(old[range].iter().map(|entry| entry.place));

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::buffer::{BufferPool, SharedBuffer};
-use crate::checksum::{Checksum, block_checksum, zero_block_checksums};
+use crate::checksum::{Checksum, Checksums, block_checksum, zero_block_checksums};
 use crate::store::{
     Content, LoggedExtents, OpenedReplica, Operation, Outcome, ReadData, ReplicaSpec, ReplicaState, StoreError, Synced, Token,
 };
@@ -212,7 +212,7 @@ impl Replica {
         }
         let mut buffer = pool.take(usize::try_from(extent.length().get()).unwrap_or(0));
         buffer.fill(0);
-        let mut checksums: Vec<Checksum> = zero_block_checksums(volume, BlockIndex::new(first), extent.block_count()).collect();
+        let mut checksums: Checksums = zero_block_checksums(volume, BlockIndex::new(first), extent.block_count()).collect();
         let mut places = (first..).zip(buffer.chunks_exact_mut(BLOCK_SIZE as usize).zip(&mut checksums));
         for (index, block) in data {
             let expected = block.checksum;

@@ -198,8 +198,9 @@ fn a_flipped_bit_is_repaired_or_told() {
     let parts: Vec<BTreeMap<&str, Outcomes>> = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..workers)
             .map(|worker| {
-                let (disk, picture, work) = (disk.fork(), picture.clone(), &work);
+                let (image, picture, work) = (disk.image(), picture.clone(), &work);
                 scope.spawn(move || {
+                    let disk = SimulatedDisk::of(&image);
                     let mut outcomes: BTreeMap<&str, Outcomes> = BTreeMap::new();
                     for (kind, at, bit) in work.iter().skip(worker).step_by(workers) {
                         let attempt = || try_flip(&disk, &picture, *at, *bit, outcomes.entry(kind).or_default());

@@ -9,7 +9,7 @@ use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use carrick_backing_store::dice::Dice;
-use carrick_backing_store::disk::{DiskBlock, SimulatedDisk};
+use carrick_backing_store::disk::{DiskBlock, DiskImage, SimulatedDisk};
 use carrick_backing_store::epoch_map::Geometry;
 use carrick_backing_store::{BlockIndex, Epoch, Operation, ReplicaSpec, ReplicaStore, Token};
 
@@ -20,7 +20,7 @@ type Block = [u8; BLOCK];
 
 /// A store, and where everything is in it.
 struct Original {
-    disk: SimulatedDisk,
+    image: DiskImage,
     catalogs: Vec<DiskBlock>,
     leaves: Vec<DiskBlock>,
     inner: Vec<DiskBlock>,
@@ -39,7 +39,7 @@ impl Original {
         let (directory, bits) = if points(one, other) { (one, other) } else { (other, one) };
         assert!(points(directory, bits));
         let (catalogs, leaves, inner, batches) = (take("catalog"), take("leaf"), take("inner"), take("batch"));
-        Self { disk, catalogs, leaves, inner, batches, directory, bits }
+        Self { image: disk.image(), catalogs, leaves, inner, batches, directory, bits }
     }
 }
 
@@ -352,7 +352,7 @@ fn run(seeds: std::ops::Range<u64>, case: fn(u64, &Original)) {
 }
 
 fn forged(seed: u64, original: &Original) -> (SimulatedDisk, Dice) {
-    let disk = original.disk.fork();
+    let disk = SimulatedDisk::of(&original.image);
     let mut dice = Dice::new(seed);
     forge(&Forger { disk: &disk, original }, &mut dice);
     (disk, dice)
@@ -379,7 +379,7 @@ fn a_store_with_wrong_structures_can_be_changed() {
 #[test]
 fn the_forger_forges() {
     let original = Original::new();
-    let disk = original.disk.fork();
+    let disk = SimulatedDisk::of(&original.image);
     let forger = Forger { disk: &disk, original: &original };
     let same = |_: &mut Block| {};
     forger.superblock(same);
@@ -404,7 +404,7 @@ fn a_place_outside_the_data_area_is_never_written_to() {
     let geometry = Geometry::new(BLOCKS).unwrap();
     for target in [0, 1, 128, 300, geometry.journal_start().get() + 400, BLOCKS - 1, BLOCKS, 1 << 39] {
         for position in [0, 5] {
-            let disk = original.disk.fork();
+            let disk = SimulatedDisk::of(&original.image);
             let forger = Forger { disk: &disk, original: &original };
             // Every leaf of volume 2, of which nothing is shared.
             for at in original.leaves.iter().filter(|at| disk.content(**at)[8..24] == volume(2).to_bytes()) {
@@ -432,12 +432,13 @@ fn a_place_outside_the_data_area_is_never_written_to() {
 #[test]
 fn garbage_is_refused_or_reported() {
     run(seeds(500), |seed, original| {
-        let disk = original.disk.fork();
+        let disk = SimulatedDisk::of(&original.image);
         let mut dice = Dice::new(seed);
         for _ in 0..1 + dice.below(4) {
             let bound = if dice.below(2) == 0 { BLOCKS } else { 1500 };
             let at = dice.below(bound);
-            let mut block = original.disk.content(DiskBlock::new(if dice.below(2) == 0 { at } else { dice.below(BLOCKS) }));
+            let mut block =
+                SimulatedDisk::of(&original.image).content(DiskBlock::new(if dice.below(2) == 0 { at } else { dice.below(BLOCKS) }));
             if dice.below(2) == 0 {
                 let from = dice.index(BLOCK);
                 block[from..].iter_mut().for_each(|byte| *byte = u8::try_from(dice.below(256)).unwrap());

@@ -7,8 +7,8 @@ use std::time::Duration;
 use carrick_backing_store::disk::{DiskBlock, SimulatedDisk};
 use carrick_backing_store::epoch_map::{CheckOptions, CheckReport, EpochMap, FormatOptions, OpenOptions, check, format};
 use carrick_backing_store::{
-    BLOCK_SIZE, BlockIndex, BufferPool, ByteLength, Completion, Extent, Operation, Outcome, ReadData, ReplicaSpec, ReplicaStore, Seq,
-    SnapshotId, StoreError, StoreId, Token, VolumeId, VolumeSize, block_checksum,
+    BLOCK_SIZE, BlockIndex, BufferPool, ByteLength, Checksums, Completion, Extent, Operation, Outcome, ReadData, ReplicaSpec, ReplicaStore,
+    Seq, SnapshotId, StoreError, StoreId, Token, VolumeId, VolumeSize, block_checksum,
 };
 
 pub const BLOCK: usize = BLOCK_SIZE as usize;
@@ -58,7 +58,7 @@ pub fn fill(number: u64, block: u64, place: &mut [u8]) {
 
 pub fn write(volume: VolumeId, seq: Option<u64>, number: u64, first: u64, count: u64) -> Operation {
     let mut buffer = BufferPool::new(0).take(usize::try_from(count).unwrap() * BLOCK);
-    let mut checksums = Vec::new();
+    let mut checksums = Checksums::new();
     for (block, place) in (first..).zip(buffer.chunks_exact_mut(BLOCK)) {
         fill(number, block, place);
         checksums.push(block_checksum(volume, BlockIndex::new(block), place));

@@ -1,11 +1,11 @@
 //! What is written: blocks that tell which write they are of.
 
-use carrick_backing_store::{BLOCK_SIZE, BlockIndex, BufferPool, Extent, Operation, Seq, VolumeId, block_checksum};
+use carrick_backing_store::{BLOCK_SIZE, BlockIndex, BufferPool, Checksums, Extent, Operation, Seq, VolumeId, block_checksum};
 
 /// Blocks of the write of this number, which is not 0.
 pub fn write(volume: VolumeId, number: u64, seq: Option<Seq>, extent: Extent) -> Operation {
     let mut buffer = BufferPool::new(0).take(usize::try_from(extent.length().get()).unwrap());
-    let mut checksums = Vec::new();
+    let mut checksums = Checksums::new();
     for (block, place) in (extent.first_block().get()..).zip(buffer.chunks_exact_mut(BLOCK_SIZE as usize)) {
         place.fill(u8::try_from((number ^ block) % 251).unwrap());
         place[..8].copy_from_slice(&number.to_le_bytes());

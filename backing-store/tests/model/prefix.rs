@@ -135,7 +135,7 @@ impl Subject for Prefix {
                     let blocks = extent.block_count() - 1;
                     let extent = super::picture::extent(extent.first_block().get(), blocks);
                     let data = data.slice(0..data.len() - 4096);
-                    let checksums = checksums[..checksums.len() - 1].to_vec();
+                    let checksums = checksums[..checksums.len() - 1].into();
                     apply(&mut store.stable, volume, Operation::Write { seq, extent, checksums, data });
                 }
                 Some(operation) => drop(apply(&mut store.stable, volume, operation)),

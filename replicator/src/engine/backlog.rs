@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use carrick_backing_store::{Checksum, Extent, Seq, SharedBuffer, Term, VolumeId};
+use carrick_backing_store::{Checksums, Extent, Seq, SharedBuffer, Term, VolumeId};
 
 use super::requests::JobId;
 use crate::time::Monotonic;
@@ -15,7 +15,7 @@ pub(super) const BACKLOG_WRITES_MAX: usize = 16_384;
 /// What a write does.
 #[derive(Clone, Debug)]
 pub(super) enum Change {
-    Data { checksums: Vec<Checksum>, data: SharedBuffer },
+    Data { checksums: Checksums, data: SharedBuffer },
     Zeroes,
     Discard,
 }

@@ -29,7 +29,7 @@ mod readers;
 mod requests;
 mod session;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
 pub use api::{Action, EngineConfig, MemberIndex, Predecessor, ReadBytes, Request, RequestError, RequestTag, Response};
@@ -152,7 +152,8 @@ pub struct Engine {
     waiters: Vec<(Seq, Waiter)>,
     /// Copied chunks that wait for a lock or a read, by destination and offset.
     chunks: BTreeMap<(MemberIndex, ByteOffset), Extent>,
-    outstanding: BTreeMap<RequestId, (MemberIndex, Outstanding)>,
+    /// In no order. Unlike a tree it keeps its memory, so that nothing is allocated per request.
+    outstanding: HashMap<RequestId, (MemberIndex, Outstanding)>,
     next_request: RequestId,
     stalled_reads: Vec<JobId>,
     stalled_chunks: Vec<(MemberIndex, Extent)>,
@@ -199,7 +200,7 @@ impl Engine {
             queued: VecDeque::new(),
             waiters: Vec::new(),
             chunks: BTreeMap::new(),
-            outstanding: BTreeMap::new(),
+            outstanding: HashMap::new(),
             next_request: RequestId(1),
             stalled_reads: Vec::new(),
             stalled_chunks: Vec::new(),

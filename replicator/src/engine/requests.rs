@@ -3,8 +3,10 @@
 //! A request is one job or more; each job covers whole blocks and holds their range lock from its start to its end.
 
 use carrick_backing_store::{
-    BLOCK_SIZE, BlockIndex, ByteLength, ByteOffset, Checksum, Extent, Seq, SharedBuffer, VolumeId, block_checksum,
+    BLOCK_SIZE, BlockIndex, ByteLength, ByteOffset, Checksums, Extent, Seq, SharedBuffer, VolumeId, block_checksum,
 };
+
+use smallvec::{SmallVec, smallvec};
 
 use super::backlog::{Change, Entry};
 use super::range_lock::Access;
@@ -415,10 +417,10 @@ impl Engine {
 
 /// What a request does to which bytes. Ranges that begin or end inside a block are split, so that each part is either whole
 /// blocks or to be merged.
-fn split(request: Request, zeroes: &SharedBuffer) -> Vec<(Extent, Work)> {
+fn split(request: Request, zeroes: &SharedBuffer) -> SmallVec<[(Extent, Work); 3]> {
     match request {
-        Request::Read { extent } => vec![(extent, Work::Read)],
-        Request::Write { extent, data, fua } => vec![(extent, Work::Write { data, fua })],
+        Request::Read { extent } => smallvec![(extent, Work::Read)],
+        Request::Write { extent, data, fua } => smallvec![(extent, Work::Write { data, fua })],
         Request::Discard { extent } => whole_blocks(extent).map(|whole| (whole, Work::Discard)).into_iter().collect(),
         Request::WriteZeroes { extent, fua } => {
             let zero = |extent: Extent| {
@@ -427,13 +429,13 @@ fn split(request: Request, zeroes: &SharedBuffer) -> Vec<(Extent, Work)> {
             };
             let Some(whole) = whole_blocks(extent) else {
                 // Within one block, or at the border of two: less than two blocks of zeros.
-                return vec![zero(extent)];
+                return smallvec![zero(extent)];
             };
             let head = between(extent.offset(), whole.offset());
             let tail = between(whole.end(), extent.end());
             head.map(zero).into_iter().chain([(whole, Work::Zeroes { fua })]).chain(tail.map(zero)).collect()
         }
-        Request::Flush => Vec::new(),
+        Request::Flush => SmallVec::new(),
     }
 }
 
@@ -467,7 +469,7 @@ fn within(outer: Extent, inner: Extent) -> std::ops::Range<usize> {
 
 fn data_change(volume: VolumeId, blocks: Extent, data: SharedBuffer) -> Change {
     let first = blocks.first_block().get();
-    let checksums: Vec<Checksum> = data
+    let checksums: Checksums = data
         .chunks_exact(BLOCK_SIZE as usize)
         .zip(first..)
         .map(|(block, index)| block_checksum(volume, BlockIndex::new(index), block))

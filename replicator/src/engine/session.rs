@@ -46,8 +46,9 @@ impl Engine {
             );
         self.members[index.0].went_down(now, reason, refused);
         self.drop_chunks(now, index);
-        let lost: Vec<RequestId> =
+        let mut lost: Vec<RequestId> =
             self.outstanding.iter().filter(|(_, (member, _))| *member == index).map(|(request, _)| *request).collect();
+        lost.sort_unstable();
         for request in lost {
             match self.outstanding.remove(&request) {
                 Some((_, Outstanding::Read { job, .. })) => self.read(now, job),

@@ -182,7 +182,7 @@ mod tests {
                     let mut data = pool.take(length as usize);
                     data.fill(request as u8);
                     let extent = Extent::new(ByteOffset::new(0), ByteLength::new(length)).unwrap();
-                    Frame::data(header(Kind::Write, request), extent, vec![request as u32; kind as usize], data.share())
+                    Frame::data(header(Kind::Write, request), extent, vec![request as u32; kind as usize].into(), data.share())
                 }
             })
             .collect()

@@ -1,6 +1,6 @@
 //! A frame: header and body, to and from bytes.
 
-use carrick_backing_store::{BLOCK_SIZE, BlockIndex, BufferPool, Checksum, Extent, SharedBuffer, VolumeId, block_checksum};
+use carrick_backing_store::{BLOCK_SIZE, BlockIndex, BufferPool, Checksum, Checksums, Extent, SharedBuffer, VolumeId, block_checksum};
 
 use super::header::{BodyShape, HEADER_LENGTH, Header, Kind, read_u32};
 use super::message::{self, ChangedAnswer, ErrorBody, Hello, HelloAnswer, LogAnswer, StatusAnswer};
@@ -14,7 +14,7 @@ pub enum Body {
     /// Blocks, each with its checksum.
     Data {
         /// One per block.
-        checksums: Vec<Checksum>,
+        checksums: Checksums,
         /// The blocks.
         data: SharedBuffer,
     },
@@ -59,7 +59,7 @@ impl Frame {
     /// # Panics
     /// If data, checksums and extent don't fit each other: a caller's mistake.
     #[must_use]
-    pub fn data(mut header: Header, extent: Extent, checksums: Vec<Checksum>, data: SharedBuffer) -> Self {
+    pub fn data(mut header: Header, extent: Extent, checksums: Checksums, data: SharedBuffer) -> Self {
         assert!(extent.is_block_aligned() && data.len() as u64 == extent.length().get(), "data of {} bytes for {extent}", data.len());
         assert_eq!(checksums.len() as u64, extent.block_count(), "one checksum per block");
         header.offset = extent.offset();
@@ -166,7 +166,7 @@ fn decode_data(header: &Header, body: &[u8], pool: &BufferPool) -> Result<Body, 
     let (sums, bytes) = body.split_at(blocks * size_of::<Checksum>());
     let mut buffer = pool.take(bytes.len());
     buffer.copy_from_slice(bytes);
-    let checksums: Vec<Checksum> = (0..blocks).map(|index| read_u32(sums, index * size_of::<Checksum>())).collect();
+    let checksums: Checksums = (0..blocks).map(|index| read_u32(sums, index * size_of::<Checksum>())).collect();
     verify(header.volume, header.offset.block(), &checksums, &buffer)?;
     Ok(Body::Data { checksums, data: buffer.share() })
 }

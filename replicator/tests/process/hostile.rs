@@ -99,7 +99,7 @@ fn frames_that_are_well_formed_but_wrong_are_refused_by_name() {
     let mut data = pool.take(4096);
     data.fill(1);
     let extent = carrick_backing_store::Extent::new(ByteOffset::new(0), ByteLength::new(4096)).unwrap();
-    peer.send(&Frame::data(Header::new(Kind::Write, VolumeId::random(), Term::new(1)), extent, vec![1], data.share()));
+    peer.send(&Frame::data(Header::new(Kind::Write, VolumeId::random(), Term::new(1)), extent, vec![1].into(), data.share()));
     assert_eq!(refused(&mut peer), ErrorCode::BadFrame);
     assert!(Peer::greeted(&replica.unix()).is_served());
 }

@@ -86,20 +86,23 @@ fn a_volume_reads_as_written_while_replicas_are_killed_or_hang_and_come_back() {
     // Two over TCP, one over its Unix socket.
     let endpoints = vec![replicas[0].tcp(), replicas[1].tcp(), replicas[2].unix()];
     let spec = LoadSpec { write_percent: 70, limit: LoadLimit::Time(Duration::from_secs(8)), ..load_spec(size) };
-    let all = endpoints.clone();
-    let loading = thread::spawn(move || run_load(load(spec), volume, size, all));
-    for victim in [0, 2] {
-        thread::sleep(Duration::from_millis(700));
-        replicas[victim].kill();
-        thread::sleep(Duration::from_millis(700));
-        replicas[victim].restart();
-    }
-    // One that hangs and goes on later: long enough to be left behind (I7).
-    thread::sleep(Duration::from_millis(300));
-    replicas[1].signal(Signal::STOP);
-    thread::sleep(Duration::from_millis(2200));
-    replicas[1].signal(Signal::CONT);
-    let (mut written, report) = loading.join().unwrap().unwrap();
+    let (mut written, report) = thread::scope(|scope| {
+        let all = endpoints.clone();
+        scope.spawn(|| {
+            for victim in [0, 2] {
+                thread::sleep(Duration::from_millis(700));
+                replicas[victim].kill();
+                thread::sleep(Duration::from_millis(700));
+                replicas[victim].restart();
+            }
+            // One that hangs and goes on later: long enough to be left behind (I7).
+            thread::sleep(Duration::from_millis(300));
+            replicas[1].signal(Signal::STOP);
+            thread::sleep(Duration::from_millis(2200));
+            replicas[1].signal(Signal::CONT);
+        });
+        run_load(load(spec), volume, size, all).unwrap()
+    });
     is_right(&report);
     assert!(report.writes.count > 1000 && report.reads.count > 1000, "{report:?}");
 

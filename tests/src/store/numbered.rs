@@ -32,7 +32,6 @@ pub struct Numbered {
     blocks: u64,
     done: Vec<Change>,
     dice: Dice,
-    pool: BufferPool,
 }
 
 impl Numbered {
@@ -40,7 +39,7 @@ impl Numbered {
     pub fn new(device: &Path, start: u64, blocks: u64, seed: u64) -> anyhow::Result<Self> {
         let direct = i32::try_from(rustix::fs::OFlags::DIRECT.bits())?;
         let file = OpenOptions::new().read(true).write(true).custom_flags(direct).open(device)?;
-        Ok(Self { file, start, blocks, done: Vec::new(), dice: Dice::new(seed), pool: BufferPool::new(1 << 20) })
+        Ok(Self { file, start, blocks, done: Vec::new(), dice: Dice::new(seed) })
     }
 
     /// Makes requests, and flushes; `flushed` is told how many were made before each flush that succeeded.
@@ -71,7 +70,7 @@ impl Numbered {
             return change_range(&self.file, ZERO_OUT, at, count * BLOCK);
         }
         let number = self.done.len() as u64;
-        let mut buffer = self.pool.take(usize::try_from(count * BLOCK)?);
+        let mut buffer = BufferPool::new(0).take(usize::try_from(count * BLOCK)?);
         for (block, bytes) in (self.start + first..).zip(buffer.chunks_exact_mut(BLOCK_BYTES)) {
             fill(bytes, block, number);
         }

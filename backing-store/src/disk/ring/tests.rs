@@ -1,6 +1,5 @@
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
-use std::thread;
 
 use rustix::event::{PollFd, PollFlags, Timespec as PollTime, poll};
 
@@ -375,22 +374,4 @@ fn dropping_it_waits_for_what_is_in_flight() {
         again.read_exact_at(&mut buffer, number * BLOCK as u64).unwrap();
         assert_eq!(*buffer, *numbered(number, 1));
     }
-}
-
-#[test]
-fn it_moves_to_another_thread() {
-    let mut disk = disk();
-    run(&mut disk, write(0, vec![numbered(0, 1)])).unwrap();
-    disk.set_alarm(Some(disk.now() + Duration::from_millis(20)));
-    let moved = thread::spawn(move || {
-        run(&mut disk, write(1, vec![numbered(1, 1)])).unwrap();
-        check_numbered(&mut disk, 0, 2);
-        while disk.alarm.is_some() {
-            assert!(is_awake(&disk, 5000));
-            disk.reap(&mut Vec::new());
-        }
-        disk
-    });
-    let mut disk = moved.join().unwrap();
-    check_numbered(&mut disk, 0, 2);
 }

@@ -5,11 +5,12 @@
 mod medium;
 mod state;
 
+use std::cell::{RefCell, RefMut};
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::rc::Rc;
 use std::time::Duration;
 
 use crate::dice::Dice;
@@ -58,18 +59,39 @@ pub struct DiskCounters {
 ///   (`wait` fails), but still control the disk. [`SimulatedDisk::reopen`] gives one that is alive.
 #[derive(Clone, Debug)]
 pub struct SimulatedDisk {
-    state: Arc<Mutex<State>>,
+    state: Rc<RefCell<State>>,
     generation: u64,
+}
+
+/// What a disk holds, without what is in flight and whatever else is about it: unlike a disk it can go to other threads.
+#[derive(Clone, Debug)]
+pub struct DiskImage {
+    blocks: u64,
+    medium: Medium,
+    dice: Dice,
 }
 
 impl SimulatedDisk {
     /// An empty disk of so many blocks, opened for the first time.
     #[must_use]
     pub fn new(blocks: u64, seed: u64) -> Self {
+        Self::of(&DiskImage { blocks, medium: Medium::new(seed), dice: Dice::new(seed) })
+    }
+
+    /// What it holds.
+    #[must_use]
+    pub fn image(&self) -> DiskImage {
+        let state = self.state();
+        DiskImage { blocks: state.blocks, medium: state.medium.clone(), dice: state.dice }
+    }
+
+    /// A disk that holds this, opened for the first time.
+    #[must_use]
+    pub fn of(image: &DiskImage) -> Self {
         let state = State {
-            blocks,
-            medium: Medium::new(seed),
-            dice: Dice::new(seed),
+            blocks: image.blocks,
+            medium: image.medium.clone(),
+            dice: image.dice,
             manual: false,
             discards: false,
             room: None,
@@ -85,15 +107,15 @@ impl SimulatedDisk {
             submits_left: None,
             stopped: false,
         };
-        Self { state: Arc::new(Mutex::new(state)), generation: 0 }
+        Self { state: Rc::new(RefCell::new(state)), generation: 0 }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> RefMut<'_, State> {
+        self.state.borrow_mut()
     }
 
     /// The state, if this handle's opening lives and the disk has not stopped.
-    fn live(&self) -> Option<MutexGuard<'_, State>> {
+    fn live(&self) -> Option<RefMut<'_, State>> {
         let state = self.state();
         (state.generation == self.generation && !state.stopped).then_some(state)
     }
@@ -180,7 +202,7 @@ impl SimulatedDisk {
         state.complete_all();
         state.end_opening();
         state.opened_at = state.clock;
-        Self { state: Arc::clone(&self.state), generation: state.generation }
+        Self { state: Rc::clone(&self.state), generation: state.generation }
     }
 
     /// Another disk with the same content, sync state, faults and work in flight (but for reads), and no opening alive: to try
@@ -210,7 +232,7 @@ impl SimulatedDisk {
             stopped: false,
             ..*state
         };
-        Self { state: Arc::new(Mutex::new(forked)), generation: state.generation }
+        Self { state: Rc::new(RefCell::new(forked)), generation: state.generation }
     }
 
     /// Reads that touch these blocks fail with `EIO`, so many times or (`None`) for ever.

@@ -4,7 +4,7 @@ use std::io;
 
 use super::{Kind, Part, ReadKey, ReadOperation, Work, tree_of};
 use crate::buffer::Buffer;
-use crate::checksum::{Checksum, block_checksum, zero_block_checksums};
+use crate::checksum::{Checksums, block_checksum, zero_block_checksums};
 use crate::disk::{Disk, DiskBlock, DiskWork};
 use crate::epoch_map::page::Entry;
 use crate::epoch_map::write::block_range;
@@ -159,7 +159,7 @@ impl<D: Disk> EpochMap<D> {
             return self.end_read(key, Err(error));
         }
         let volume = owners.volume;
-        let mut checksums: Vec<Checksum> = Vec::with_capacity(entries.len());
+        let mut checksums = Checksums::with_capacity(entries.len());
         for ((position, entry), data) in entries.iter().enumerate().zip(buffer.chunks_exact(BLOCK_SIZE as usize)) {
             let block = BlockIndex::new(first + position as u64);
             if !entry.is_mapped() {

@@ -9,7 +9,7 @@ use carrick_backing_store::dice::Dice;
 use carrick_backing_store::disk::{Access, RingDisk, StorePlace};
 use carrick_backing_store::epoch_map::{EpochMap, OpenOptions};
 use carrick_backing_store::{
-    BLOCK_SIZE, BlockIndex, BufferPool, ByteLength, Checksum, Completion, Extent, Operation, Outcome, ReplicaSpec, ReplicaStore, Seq,
+    BLOCK_SIZE, BlockIndex, BufferPool, ByteLength, Checksums, Completion, Extent, Operation, Outcome, ReplicaSpec, ReplicaStore, Seq,
     SharedBuffer, SnapshotId, Token, VolumeId, VolumeSize, block_checksum,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -50,8 +50,8 @@ pub enum Load {
     Remove,
 }
 
-/// A write with everything that a store must be given.
-type Write = (Extent, Vec<Checksum>, SharedBuffer);
+/// A write with everything that a store must be given: its data is that of [`noise`] from this block of it on.
+type Write = (Extent, Checksums, u64);
 
 struct Bench {
     store: EpochMap<RingDisk>,
@@ -59,6 +59,7 @@ struct Bench {
     seq: Seq,
     token: u64,
     in_flight: usize,
+    noise: SharedBuffer,
     done: Vec<Completion>,
 }
 
@@ -115,7 +116,7 @@ impl Bench {
         }
         let found = store.replicas().into_iter().find(|found| found.spec.volume == VOLUME);
         let found = found.context("there is no bench volume in this store; run the load fill first")?;
-        Ok(Self { store, blocks: found.spec.size.blocks(), seq: found.position, token: 0, in_flight: 0, done: Vec::new() })
+        Ok(Self { store, blocks: found.spec.size.blocks(), seq: found.position, token: 0, in_flight: 0, noise: noise(), done: Vec::new() })
     }
 
     fn submit(&mut self, operation: Operation) {
@@ -129,8 +130,9 @@ impl Bench {
         Ok(())
     }
 
-    fn write(&mut self, (extent, checksums, data): Write) -> anyhow::Result<()> {
+    fn write(&mut self, (extent, checksums, place): Write) -> anyhow::Result<()> {
         self.seq = self.seq.next();
+        let data = self.noise.slice(part(place, extent.block_count()));
         self.submit(Operation::Write { seq: Some(self.seq), extent, checksums, data });
         Ok(())
     }
@@ -225,18 +227,22 @@ fn writes(places: impl Iterator<Item = (u64, u64)> + Send + 'static) -> Receiver
     std::thread::spawn(move || {
         let noise = noise();
         for (number, (first, count)) in (0..LARGE).cycle().zip(places) {
-            let block = |number: u64| usize::try_from(number * u64::from(BLOCK_SIZE)).unwrap_or(0);
             // Different data each time, without the time to make it.
-            let data = noise.slice(block(number)..block(number + count));
-            let checksums = (first..).zip(data.chunks_exact(BLOCK_SIZE as usize));
+            let checksums = (first..).zip(noise[part(number, count)].chunks_exact(BLOCK_SIZE as usize));
             let checksums = checksums.map(|(index, data)| block_checksum(VOLUME, BlockIndex::new(index), data)).collect();
             let Ok(extent) = extent(first, count) else { return };
-            if sender.send((extent, checksums, data)).is_err() {
+            if sender.send((extent, checksums, number)).is_err() {
                 return;
             }
         }
     });
     receiver
+}
+
+/// Where so many blocks of the noise are.
+fn part(first: u64, count: u64) -> std::ops::Range<usize> {
+    let block = |number: u64| usize::try_from(number * u64::from(BLOCK_SIZE)).unwrap_or(0);
+    block(first)..block(first + count)
 }
 
 /// 2 MiB that nothing compresses.
