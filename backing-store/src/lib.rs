@@ -14,10 +14,10 @@ pub mod store;
 pub mod units;
 
 pub use buffer::{Buffer, BufferPool, SharedBuffer};
-pub use checksum::{Checksum, Checksums, block_checksum, zero_block_checksums};
+pub use checksum::{Checksum, Checksums, Digest, block_checksum, zero_block_checksums};
 pub use memory::{MemoryStore, PowerLoss};
 pub use store::{
-    BLOCKS_MAX, CHANGED_MAX, ChangedExtent, ChangedExtents, Completion, Content, LoggedExtents, OpenedReplica, Operation, Outcome,
-    ReadData, ReplicaSpec, ReplicaState, ReplicaStore, Scrubbed, SnapshotInfo, StoreError, StoreUsage, Synced, Token,
+    BLOCKS_MAX, CHANGED_MAX, ChangedExtent, ChangedExtents, Completion, Content, DIGEST_BLOCKS_MAX, LoggedExtents, OpenedReplica,
+    Operation, Outcome, ReadData, ReplicaSpec, ReplicaState, ReplicaStore, Scrubbed, SnapshotInfo, StoreError, StoreUsage, Synced, Token,
 };
 pub use units::{BLOCK_SIZE, BlockIndex, ByteLength, ByteOffset, Epoch, Extent, Seq, SnapshotId, StoreId, Term, VolumeId, VolumeSize};

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::buffer::SharedBuffer;
-use crate::checksum::{Checksum, Checksums};
+use crate::checksum::{Checksum, Checksums, Digest};
 use crate::units::{BLOCK_SIZE, BlockIndex, ByteLength, Epoch, Extent, Seq, SnapshotId, StoreId, Term, VolumeId, VolumeSize};
 
 /// What a replica is of, fixed at its creation.
@@ -163,6 +163,11 @@ pub enum Operation {
         /// Blocks before this one are left out.
         start: BlockIndex,
     },
+    /// What the blocks hold, in one number, from what the store remembers of them: nothing is read back.
+    Digest {
+        /// Which blocks: at most [`DIGEST_BLOCKS_MAX`].
+        extent: Extent,
+    },
     /// Reads back and verifies up to `blocks` blocks that are not holes, from `start` on, snapshots left out.
     Scrub {
         /// Where to begin.
@@ -171,6 +176,9 @@ pub enum Operation {
         blocks: u64,
     },
 }
+
+/// Most blocks of one digest (16 MiB): a millisecond's work, and 16 pages of the map.
+pub const DIGEST_BLOCKS_MAX: u64 = 4096;
 
 /// A run of blocks that were written, or made zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -260,6 +268,8 @@ pub enum Outcome {
     Done,
     /// `Changed` found these.
     Changed(ChangedExtents),
+    /// `Digest` gave this.
+    Digest(Digest),
     /// `Scrub` found this.
     Scrubbed(Scrubbed),
 }
@@ -311,7 +321,7 @@ impl StoreUsage {
 /// without waiting for the disk.
 ///
 /// **Order:** operations of one volume that overlap take effect in the order of submission; a read sees every write submitted
-/// before it. `Changed` and `Scrub` are reads of the whole volume; what looks at a snapshot overlaps no write. `SetState` and
+/// before it, and a `Digest` is a read. `Changed` and `Scrub` are reads of the whole volume; what looks at a snapshot overlaps no write. `SetState` and
 /// `LoggedAfter` overlap every write and each other. What changes epochs, snapshots or the size (`RaiseEpoch`, `Snapshot`,
 /// `DeleteSnapshot`, `Revert`, `Expand`) overlaps everything but `Sync`. Writes with a sequence complete in sequence order. Other
 /// operations may complete in any order.
@@ -390,6 +400,7 @@ impl Operation {
         let (extent, blocks_max) = match self {
             Self::Write { extent, .. } | Self::Read { extent, .. } => (*extent, BLOCKS_MAX),
             Self::WriteZeroes { extent, .. } => (*extent, u64::MAX),
+            Self::Digest { extent } => (*extent, DIGEST_BLOCKS_MAX),
             Self::SetState { position: Some(position), .. } if *position > SEQ_MAX => return Some("a position is over 2^62"),
             Self::Scrub { blocks, .. } if *blocks == 0 || *blocks > BLOCKS_MAX => return Some("a scrub is of 1 to 512 blocks"),
             Self::Expand { size: new } if *new < size => return Some("a volume can't shrink"),
@@ -411,7 +422,7 @@ impl Operation {
             return Some("an extent reaches past the end of the volume");
         }
         if extent.block_count() > blocks_max {
-            return Some("an extent is longer than 2 MiB");
+            return Some("an extent is longer than 2 MiB, or one of a digest than 16 MiB");
         }
         if let Self::Write { checksums, data, .. } = self
             && (data.len() as u64 != extent.length().get() || checksums.len() as u64 != extent.block_count())

@@ -25,10 +25,11 @@ use std::process::exit;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use carrick_backing_store::{ByteLength, Content, ReplicaSpec, ReplicaState, Seq, StoreId, StoreUsage, Synced, Term};
+use carrick_backing_store::{BlockIndex, ByteLength, Content, ReplicaSpec, ReplicaState, Seq, StoreId, StoreUsage, Synced, Term};
 use carrick_replicator::control::{
     ControlError, ControlErrorCode, MemberReport, MemberState, ReplicaAnswer, ReplicaProcessStatus, ReplicaReport, ReplicaRequest,
-    RunDirectory, ScrubReport, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus, read_line, write_line,
+    RunDirectory, ScrubReport, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus, VerificationReport, read_line,
+    write_line,
 };
 use carrick_replicator::endpoint::Endpoint;
 use carrick_replicator::limits::{Delays, Limits};
@@ -232,6 +233,11 @@ fn write_limits(config: &TargetConfig, run: &RunDirectory, limits: &Limits) -> R
     fs::write(path, serde_json::to_vec(limits).map_err(text)?).map_err(text)
 }
 
+/// It is there once the replicas were compared.
+fn verified_file(config: &TargetConfig, run: &RunDirectory) -> PathBuf {
+    run.root().join(format!("target/{}.verified", config.volume))
+}
+
 fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, request: &TargetRequest) -> Result<TargetAnswer> {
     let device_file: PathBuf = run.root().join(format!("target/{}.device", config.volume));
     let named = |prefix| config.name.starts_with(prefix);
@@ -250,7 +256,7 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
                 seconds_left: None,
                 last_error: None,
             };
-            Ok(TargetAnswer::Status(TargetStatus {
+            Ok(TargetAnswer::Status(Box::new(TargetStatus {
                 version: "stand-in".into(),
                 volume: config.volume,
                 phase: if serving { TargetPhase::Serving } else { TargetPhase::Electing },
@@ -262,9 +268,20 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
                 copied: ByteLength::ZERO,
                 repaired: 0,
                 delays: Delays { requests: 3, micros: 4500, waiting: 2 },
-            }))
+                verification: verified_file(config, run).exists().then(|| VerificationReport {
+                    compared: config.size.bytes(),
+                    total: config.size.bytes(),
+                    unsettled: u64::from(named("differs")),
+                    places: Vec::from_iter(named("differs").then(|| BlockIndex::new(3))),
+                    ..VerificationReport::default()
+                }),
+            })))
         }
         TargetRequest::SetRebuildRate { .. } => Ok(TargetAnswer::Done),
+        TargetRequest::Verify => {
+            fs::write(verified_file(config, run), []).map_err(text)?;
+            Ok(TargetAnswer::Done)
+        }
         TargetRequest::SetLimits { limits } => {
             write_limits(config, run, limits)?;
             Ok(TargetAnswer::Done)

@@ -88,12 +88,16 @@ reasons! {
     TooFewStores = "TOO_FEW_STORES", FailedPrecondition, Precondition;
     /// The volume is attached.
     VolumeAttached = "VOLUME_ATTACHED", FailedPrecondition, Precondition;
+    /// The volume isn't attached.
+    VolumeNotAttached = "VOLUME_NOT_ATTACHED", FailedPrecondition, Precondition;
     /// The volume is being created, deleted or detached.
     VolumeNotReady = "VOLUME_NOT_READY", FailedPrecondition, Precondition;
     /// Somebody has the device open.
     DeviceBusy = "DEVICE_BUSY", FailedPrecondition, Precondition;
     /// The replicas that count are there.
     NothingToSalvage = "NOTHING_TO_SALVAGE", FailedPrecondition, Precondition;
+    /// There is one replica only.
+    NothingToVerify = "NOTHING_TO_VERIFY", FailedPrecondition, Precondition;
     /// The replica counts, so it can't be replaced.
     ReplicaCounts = "REPLICA_COUNTS", FailedPrecondition, Precondition;
     /// A volume has a replica on the store.
@@ -116,6 +120,8 @@ reasons! {
     Unsupported = "UNSUPPORTED", FailedPrecondition, Unsupported;
     /// The target ended with an error.
     TargetFailed = "TARGET_FAILED", Internal, Failure;
+    /// Replicas hold different things, and nobody can tell which is right; only the command itself says this.
+    ReplicasDiffer = "REPLICAS_DIFFER", DataLoss, Failure;
     /// A store's process refused or ended with an error.
     ReplicaFailed = "REPLICA_FAILED", Internal, Failure;
     /// The daemon's own records or files failed.

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use carrick_backing_store::{ByteLength, ReplicaSpec, ReplicaState, Seq, StoreId, StoreUsage, Term, VolumeId, VolumeSize};
+use carrick_backing_store::{BlockIndex, ByteLength, ReplicaSpec, ReplicaState, Seq, StoreId, StoreUsage, Term, VolumeId, VolumeSize};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -132,6 +132,8 @@ pub enum TargetRequest {
         /// At least [`crate::engine::COPY_RATE_MIN`].
         rate: Option<ByteLength>,
     },
+    /// Compare the replicas, once. How far that is, the status tells.
+    Verify,
     /// From now on these limits of the volume's requests. Those that wait go on under the new ones.
     SetLimits {
         /// All of them; what isn't given isn't limited.
@@ -144,8 +146,8 @@ pub enum TargetRequest {
 #[serde(tag = "answer", rename_all = "kebab-case")]
 pub enum TargetAnswer {
     /// To `Status`.
-    Status(TargetStatus),
-    /// To `Detach`: the device is gone, and the process ends now. To `SetRebuildRate` and `SetLimits`: from now on.
+    Status(Box<TargetStatus>),
+    /// To `Detach`: the device is gone, and the process ends now. To `SetRebuildRate`, `SetLimits` and `Verify`: from now on.
     Done,
     /// It is not, and nothing changed.
     Refused(ControlError),
@@ -195,6 +197,28 @@ pub struct TargetStatus {
     /// What the volume's limits did to its requests, since then.
     #[serde(default)]
     pub delays: Delays,
+    /// The latest comparison of the replicas, if there was one since then.
+    #[serde(default)]
+    pub verification: Option<VerificationReport>,
+}
+
+/// What a comparison of all replicas in sync came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerificationReport {
+    /// Whether it goes on.
+    pub running: bool,
+    /// The part of the volume that was looked at, from its beginning on.
+    pub compared: ByteLength,
+    /// The volume's size when it began.
+    pub total: ByteLength,
+    /// Of that, what could not be compared: fewer than two replicas can read their maps.
+    pub skipped: ByteLength,
+    /// Blocks that differed, and were written anew where fewer than half had them.
+    pub repaired: u64,
+    /// Blocks that differ, and nobody can tell which is right.
+    pub unsettled: u64,
+    /// Some of these.
+    pub places: Vec<BlockIndex>,
 }
 
 /// How a primary sees a replica.

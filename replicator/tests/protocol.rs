@@ -109,7 +109,9 @@ fn every_kind_and_message_survives_the_way() {
             Kind::ChangedAnswer => Frame::new(header, Body::Changed(changed.clone())),
             Kind::Error => Frame::error(&header, ErrorCode::NoSpace, "é".repeat(2000)),
             Kind::Write | Kind::CopyWrite | Kind::ReadAnswer => data_frame(&pool, kind, 4096, &[9; 8192]),
-            Kind::WriteZeroes | Kind::Discard | Kind::Read | Kind::CopyZeroes => Frame::range(header, extent(4096, 8192)),
+            Kind::WriteZeroes | Kind::Discard | Kind::Read | Kind::CopyZeroes | Kind::Digest | Kind::DigestAnswer => {
+                Frame::range(header, extent(4096, 8192))
+            }
             _ => Frame::new(header, Body::Empty),
         };
         let decoded = decode(&bytes_of(&frame), &pool).unwrap().unwrap();

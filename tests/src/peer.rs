@@ -6,8 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
-use carrick_backing_store::{BufferPool, ByteLength, ByteOffset, Extent, Seq, Term, VolumeId};
+use anyhow::{Context, bail, ensure};
+use carrick_backing_store::dice::Dice;
+use carrick_backing_store::{BlockIndex, BufferPool, ByteLength, ByteOffset, Extent, Seq, Term, VolumeId, block_checksum};
 use carrick_replicator::wire::{Body, ErrorCode, Frame, HEADER_LENGTH, Header, Hello, Kind};
 
 /// How long a replica may take to answer.
@@ -108,6 +109,18 @@ impl Peer {
     pub fn write_frame(&self, seq: Seq) -> anyhow::Result<Frame> {
         let extent = Extent::new(ByteOffset::ZERO, ByteLength::new(4096)).context("an extent")?;
         Ok(Frame::range(Header { sequence: seq, ..self.header(Kind::WriteZeroes) }, extent))
+    }
+
+    /// Copies a block of noise into the replica, as if from another one.
+    pub fn overwrite(&mut self, block: BlockIndex) -> anyhow::Result<()> {
+        let mut data = self.pool.take(4096);
+        let mut dice = Dice::new(block.get());
+        data.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&dice.number().to_le_bytes()));
+        let checksums = [block_checksum(self.volume, block, &data)].as_slice().into();
+        let extent = Extent::new(block.offset(), ByteLength::new(4096)).context("an extent")?;
+        let answer = self.ask(&Frame::data(self.header(Kind::CopyWrite), extent, checksums, data.share()))?;
+        ensure!(answer.header.kind == Kind::CopyAnswer, "a copied block was answered with {answer:?}");
+        Ok(())
     }
 
     /// A digest of every byte of the replica.

@@ -1,7 +1,8 @@
 //! The replicas of a volume beside each other.
 
 use anyhow::{Context, ensure};
-use carrick_backing_store::VolumeId;
+use carrick_backing_store::{BlockIndex, VolumeId};
+use serde_json::Value;
 
 use crate::peer::Peer;
 use crate::site::Site;
@@ -9,15 +10,27 @@ use crate::site::Site;
 /// Reads all replicas of a detached volume whole; how many bytes they have in common, which must be all.
 pub fn identical(site: &Site, volume: &str) -> anyhow::Result<u64> {
     let shown = site.carrick(&["volume", "show", volume])?;
-    let id: VolumeId = shown["id"].as_str().context("a volume without id")?.parse()?;
     let size = shown["size_bytes"].as_u64().context("a volume without size")?;
     let mut first = None;
     for replica in shown["replicas"].as_array().context("no replicas")? {
-        let store = replica["store"].as_str().context("a replica without store")?;
-        let mut peer = Peer::connect(&site.path(&format!("run/replica/{store}.sock")), id)?;
-        peer.take_over()?;
-        let digest = peer.digest(size)?;
-        ensure!(*first.get_or_insert(digest) == digest, "the replica in store {store} differs from the first");
+        let digest = peer(site, &shown, replica)?.digest(size)?;
+        ensure!(*first.get_or_insert(digest) == digest, "the replica in store {} differs from the first", replica["store"]);
     }
     Ok(size)
+}
+
+/// Writes something else into these blocks of one replica of a detached volume, with checksums that are right.
+pub fn tamper(site: &Site, volume: &str, index: usize, blocks: &[u64]) -> anyhow::Result<()> {
+    let shown = site.carrick(&["volume", "show", volume])?;
+    let mut peer = peer(site, &shown, &shown["replicas"][index])?;
+    blocks.iter().try_for_each(|block| peer.overwrite(BlockIndex::new(*block)))
+}
+
+/// A connection to a replica of a volume, past a promise.
+fn peer(site: &Site, volume: &Value, replica: &Value) -> anyhow::Result<Peer> {
+    let id: VolumeId = volume["id"].as_str().context("a volume without id")?.parse()?;
+    let store = replica["store"].as_str().context("a replica without store")?;
+    let mut peer = Peer::connect(&site.path(&format!("run/replica/{store}.sock")), id)?;
+    peer.take_over()?;
+    Ok(peer)
 }

@@ -111,10 +111,14 @@ impl TargetFrontEnd {
         requests: &mut Vec<(RequestTag, Request)>,
     ) -> io::Result<()> {
         match command.request {
-            TargetRequest::Status => command.reply.send(TargetAnswer::Status(self.status(engine))),
+            TargetRequest::Status => command.reply.send(TargetAnswer::Status(Box::new(self.status(engine)))),
             TargetRequest::Detach { force } => self.notify(Notice::Detach { force, reply: command.reply }),
             TargetRequest::SetRebuildRate { rate } => {
                 engine.set_copy_rate(rate);
+                command.reply.send(TargetAnswer::Done);
+            }
+            TargetRequest::Verify => {
+                engine.verify();
                 command.reply.send(TargetAnswer::Done);
             }
             TargetRequest::SetLimits { limits } => match limits.check() {
@@ -179,6 +183,7 @@ impl TargetFrontEnd {
             copied: engine.copied(),
             repaired: engine.repaired(),
             delays: self.queue.as_ref().map_or_else(Default::default, UblkQueue::delays),
+            verification: engine.verification().cloned(),
         }
     }
 

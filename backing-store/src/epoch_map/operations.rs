@@ -33,6 +33,7 @@ impl<D: Disk> EpochMap<D> {
             Operation::Sync => return self.flush(slot, volume, token),
             Operation::Read { extent, snapshot } => return self.begin_read(slot, token, extent, snapshot),
             Operation::Changed { from, snapshot, start } => return self.begin_listing(slot, token, from, snapshot, start),
+            Operation::Digest { extent } => return self.begin_digest(slot, token, extent),
             Operation::Scrub { start, blocks } => return self.begin_scrub(slot, token, start, blocks),
             Operation::Write { seq, extent, checksums, data } => ChangeKind::Write { seq, extent, checksums, data },
             Operation::WriteZeroes { seq, extent } => ChangeKind::Zeroes { seq, extent },

@@ -24,6 +24,7 @@ impl Touch {
         match operation {
             Operation::Sync => Self::Nothing,
             Operation::Read { extent, snapshot: None } => Self::Reads(Some(*extent)),
+            Operation::Digest { extent } => Self::Reads(Some(*extent)),
             Operation::Changed { snapshot: None, .. } | Operation::Scrub { .. } => Self::Reads(None),
             Operation::Read { snapshot: Some(_), .. } | Operation::Changed { snapshot: Some(_), .. } => Self::ReadsSnapshot,
             Operation::Write { seq, extent, .. } | Operation::WriteZeroes { seq, extent } => Self::Writes(seq.is_some(), *extent),

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::buffer::{BufferPool, SharedBuffer};
-use crate::checksum::{Checksum, Checksums, block_checksum, zero_block_checksums};
+use crate::checksum::{Checksum, Checksums, Digest, block_checksum, zero_block_checksums};
 use crate::store::{
     Content, LoggedExtents, OpenedReplica, Operation, Outcome, ReadData, ReplicaSpec, ReplicaState, StoreError, Synced, Token,
 };
@@ -147,6 +147,7 @@ impl Replica {
             Operation::Revert { snapshot } => self.revert(snapshot).map(Outcome::Epoch),
             Operation::Expand { size } => self.expand(size).map(|()| Outcome::Done),
             Operation::Changed { from, snapshot, start } => self.changed(from, snapshot, start).map(Outcome::Changed),
+            Operation::Digest { extent } => Ok(Outcome::Digest(self.digest(extent))),
             Operation::Scrub { start, blocks } => Ok(Outcome::Scrubbed(self.scrub(start, blocks))),
         }
     }
@@ -227,6 +228,17 @@ impl Replica {
         }
         let data: SharedBuffer = buffer.share();
         Ok(ReadData::Blocks { checksums, data })
+    }
+
+    fn digest(&self, extent: Extent) -> Digest {
+        let first = extent.first_block().get();
+        let mut digest = Digest::default();
+        for (run, value) in self.blocks.over(first..first + extent.block_count()) {
+            if let Some(block) = &value.block {
+                run.for_each(|index| digest.add(self.spec.volume, BlockIndex::new(index), block.checksum));
+            }
+        }
+        digest
     }
 
     pub(super) fn sync(&mut self, durable: Seq) -> Result<(), StoreError> {

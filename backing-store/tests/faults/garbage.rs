@@ -11,7 +11,7 @@ use std::time::Duration;
 use carrick_backing_store::dice::Dice;
 use carrick_backing_store::disk::{DiskBlock, DiskImage, SimulatedDisk};
 use carrick_backing_store::epoch_map::Geometry;
-use carrick_backing_store::{BlockIndex, Epoch, Operation, ReplicaSpec, ReplicaStore, Token};
+use carrick_backing_store::{BlockIndex, DIGEST_BLOCKS_MAX, Epoch, Operation, ReplicaSpec, ReplicaStore, Token};
 
 use super::flips::{BLOCKS, options, store, structures};
 use super::rig::{BLOCK, Map, Picture, Rig, checked, extent, size, snapshot, volume, write};
@@ -239,7 +239,8 @@ fn look(disk: &SimulatedDisk) -> Option<Map> {
             submitted += 1;
         }
         store.submit(id, Token(3), Operation::Scrub { start: BlockIndex::new(0), blocks: 512 });
-        submitted += 1;
+        store.submit(id, Token(4), Operation::Digest { extent: extent(0, opened.spec.size.blocks().min(DIGEST_BLOCKS_MAX)) });
+        submitted += 2;
     }
     let ended = reap(&mut store, disk, 20);
     assert_eq!(ended, submitted, "not every read has ended");

@@ -92,6 +92,7 @@ fn same_outcome(oracle: &Outcome, subject: &Outcome) -> bool {
         }
         (Outcome::Read(_), Outcome::Read(_)) => false,
         (Outcome::Epoch(oracle), Outcome::Epoch(subject)) => oracle == subject,
+        (Outcome::Digest(oracle), Outcome::Digest(subject)) => oracle == subject,
         (oracle, subject) => std::mem::discriminant(oracle) == std::mem::discriminant(subject),
     }
 }

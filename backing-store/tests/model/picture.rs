@@ -1,10 +1,11 @@
 //! All that can be seen of a replica: its content, its epochs and its snapshots.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use carrick_backing_store::{
-    BLOCK_SIZE, BLOCKS_MAX, BlockIndex, ByteLength, ByteOffset, ChangedExtent, Checksum, Content, Epoch, Extent, OpenedReplica, Operation,
-    Outcome, ReadData, SnapshotInfo, StoreError, VolumeId, block_checksum,
+    BLOCK_SIZE, BLOCKS_MAX, BlockIndex, ByteLength, ByteOffset, ChangedExtent, Checksum, Content, DIGEST_BLOCKS_MAX, Digest, Epoch, Extent,
+    OpenedReplica, Operation, Outcome, ReadData, SnapshotInfo, StoreError, VolumeId, block_checksum,
 };
 
 /// Volumes up to so many blocks are read as a whole, larger ones around their data.
@@ -65,6 +66,15 @@ pub fn changed(
     }
 }
 
+/// The digest is that of what was read.
+fn check_digest(ask: &mut Ask<'_>, volume: VolumeId, cells: &BTreeMap<u64, Cell>, blocks: Range<u64>) -> Result<(), StoreError> {
+    let mut expected = Digest::default();
+    cells.range(blocks.clone()).for_each(|(block, (_, checksum))| expected.add(volume, BlockIndex::new(*block), *checksum));
+    let found = ask(Operation::Digest { extent: extent(blocks.start, blocks.end - blocks.start) })?;
+    assert!(matches!(found, Outcome::Digest(found) if found == expected), "the digest of blocks {blocks:?} is {found:?}, not {expected:?}");
+    Ok(())
+}
+
 impl View {
     /// Looks at everything, at epochs up to `epochs`.
     fn take(ask: &mut Ask<'_>, volume: VolumeId, snapshot: Option<SnapshotInfo>, blocks: u64, epochs: u32) -> Result<Self, StoreError> {
@@ -97,6 +107,10 @@ impl View {
                 }
                 first += count;
             }
+        }
+        if snapshot.is_none() {
+            let start = cells.first_key_value().map_or(0, |(first, _)| *first);
+            check_digest(ask, volume, &cells, start..blocks.min(start + DIGEST_BLOCKS_MAX))?;
         }
         Ok(Self { changed: lists, blocks: cells })
     }

@@ -180,7 +180,7 @@ impl Reference {
             Operation::Snapshot { snapshot } => !known(snapshot),
             Operation::DeleteSnapshot { snapshot } => known(snapshot),
             Operation::Expand { size } => opened(live, volume).unwrap().spec.size != *size,
-            Operation::Read { .. } | Operation::Scrub { .. } => false,
+            Operation::Read { .. } | Operation::Digest { .. } | Operation::Scrub { .. } => false,
             _ => true,
         };
         let result = run(live, volume, operation.clone());

@@ -1,4 +1,4 @@
-//! Replicas that are replaced, given up and added.
+//! Replicas that are replaced, given up, added and compared.
 
 use carrick_backing_store::VolumeId;
 use carrick_replicator::control::{RecordsAnswer, RecordsRequest, VolumeConfig, call};
@@ -83,4 +83,30 @@ fn a_volume_whose_counting_replicas_are_lost_is_salvaged_only_if_that_is_said() 
     let shown = node.carrick(&["volume", "add-replica", "vm1"]).ok();
     assert_eq!(shown["replicas"].as_array().unwrap().iter().filter(|replica| replica["counts"] == true).count(), 1);
     node.carrick(&["volume", "add-replica", "vm1"]).fails(5, "TOO_FEW_STORES");
+}
+
+#[test]
+fn replicas_are_compared_where_a_target_runs_and_differences_are_told() {
+    let mut node = Node::new(3);
+    for name in ["vm1", "differs1"] {
+        node.carrick(&["volume", "create", name, "--size", "1G"]).ok();
+        node.carrick(&["volume", "verify", name]).fails(5, "VOLUME_NOT_ATTACHED");
+        node.carrick(&["attach", name]).ok();
+    }
+    node.carrick(&["volume", "verify", "vm2"]).fails(3, "VOLUME_NOT_FOUND");
+    node.carrick(&["volume", "create", "single", "--size", "1G", "--replicas", "1"]).ok();
+    node.carrick(&["volume", "verify", "single"]).fails(5, "NOTHING_TO_VERIFY");
+    assert_eq!(node.carrick(&["volume", "show", "vm1"]).ok()["attachment"]["verification"], serde_json::Value::Null);
+    let shown = node.carrick(&["volume", "verify", "vm1", "--wait"]).ok();
+    let found = &shown["attachment"]["verification"];
+    assert_eq!((&found["running"], &found["compared_bytes"], &found["unsettled_blocks"]), (&false.into(), &(1 << 30).into(), &0.into()));
+    let message = node.carrick(&["volume", "verify", "differs1", "--wait"]).fails(1, "REPLICAS_DIFFER");
+    assert!(message.contains("1 differ and nobody can tell which is right (at bytes 12288)"), "{message}");
+    let problems = node.carrick(&["status"]).ok()["problems"].to_string();
+    assert!(problems.contains("volume differs1: its replicas differ in 1 blocks"), "{problems}");
+    // The next target knows nothing of it.
+    node.carrick(&["detach", "vm1"]).ok();
+    node.kill_daemon();
+    node.start();
+    assert_eq!(node.carrick(&["volume", "show", "differs1"]).ok()["attachment"]["verification"]["unsettled_blocks"], 1);
 }

@@ -30,6 +30,7 @@ impl Engine {
         self.start_rebuilds(now);
         self.advance_epochs(now);
         self.advance_copies(now);
+        self.advance_verification(now);
         if self.stall_deadline.is_some_and(|deadline| deadline <= now) {
             self.stall_deadline = None;
             self.retry_reads(now);
@@ -66,6 +67,7 @@ impl Engine {
             .chain(self.stall_deadline)
             .chain(self.epoch_deadline())
             .chain(self.copy_deadline())
+            .chain(self.verification_deadline())
             .min()
     }
 

@@ -11,7 +11,7 @@
 //!
 //! Which file decides what: `election` (who is primary, what content counts), `requests` (locks, merging, sequences, completion),
 //! `copy` (bringing replicas back), `difference` and `epochs` (by copying what they lack), `readers` and `lease` (whom to read from, and when that
-//! is an answer), `liveness` (who is lost or left behind), `session` (the conversation with a replica).
+//! is an answer), `verify` (whether all hold the same), `liveness` (who is lost or left behind), `session` (the conversation with a replica).
 
 mod api;
 mod backlog;
@@ -28,6 +28,7 @@ mod range_lock;
 mod readers;
 mod requests;
 mod session;
+mod verify;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
@@ -46,6 +47,7 @@ use pace::Pace;
 use range_lock::RangeLock;
 use readers::Readers;
 use requests::{Job, JobId, Ongoing, Owner, Table, Waiter};
+use verify::Verification;
 
 use crate::control::MemberState;
 use crate::time::Monotonic;
@@ -107,6 +109,10 @@ enum Outstanding {
     },
     /// Good blocks written over damaged ones.
     Repair,
+    /// What a range that is being compared holds, in one number.
+    Digest,
+    /// A block that others hold differently.
+    DigestRead,
 }
 
 /// How the engine sees a member.
@@ -165,6 +171,7 @@ pub struct Engine {
     repaired: u64,
     copied: ByteLength,
     pace: Pace,
+    verification: Verification,
     aborted: bool,
     /// What keeps the election from going on, if it is not just missing members.
     note: Option<String>,
@@ -211,6 +218,7 @@ impl Engine {
             repaired: 0,
             copied: ByteLength::ZERO,
             pace: Pace::new(config.copy_rate, now),
+            verification: Verification::default(),
             aborted: false,
             note: None,
             random: config.seed,

@@ -26,6 +26,7 @@ pub(super) struct JobId(pub(super) usize);
 pub(super) enum Owner {
     Job(JobId),
     Copy(MemberIndex, ByteOffset),
+    Verification,
 }
 
 #[derive(Clone, Debug)]
@@ -174,6 +175,7 @@ impl Engine {
             match owner {
                 Owner::Job(id) => self.start_job(now, id),
                 Owner::Copy(member, offset) => self.on_chunk_granted(now, member, offset),
+                Owner::Verification => self.ask_digests(now),
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The conversation with one replica: from the connection to its place among the joined.
 
-use carrick_backing_store::{Content, Seq, Term};
+use carrick_backing_store::{Content, Digest, Seq, Term};
 
 use super::member::Stage;
 use super::{Action, Engine, MemberIndex, Outstanding, Phase};
@@ -56,6 +56,7 @@ impl Engine {
                     self.on_copy_read_failed(now, index, destination, chunk, tried);
                 }
                 Some((_, Outstanding::Changed { destination, side })) => self.on_changed_unanswered(now, destination, side),
+                Some((_, Outstanding::Digest | Outstanding::DigestRead)) => self.retry_round(now),
                 _ => {}
             }
         }
@@ -75,7 +76,7 @@ impl Engine {
             member.quiet_since = now;
         }
         match outstanding {
-            Outstanding::Read { .. } | Outstanding::CopyRead { .. } => member.reads += 1,
+            Outstanding::Read { .. } | Outstanding::CopyRead { .. } | Outstanding::DigestRead => member.reads += 1,
             _ => member.answers += 1,
         }
         self.outstanding.insert(request, (index, outstanding));
@@ -89,7 +90,7 @@ impl Engine {
         let (_, outstanding) = self.outstanding.remove(&request)?;
         let member = &mut self.members[index.0];
         match outstanding {
-            Outstanding::Read { .. } | Outstanding::Abandoned | Outstanding::CopyRead { .. } => member.reads -= 1,
+            Outstanding::Read { .. } | Outstanding::Abandoned | Outstanding::CopyRead { .. } | Outstanding::DigestRead => member.reads -= 1,
             _ => member.answers -= 1,
         }
         self.trim_read_times();
@@ -130,6 +131,8 @@ impl Engine {
             (Kind::ReadAnswer, Some(Outstanding::CopyRead { destination, chunk, .. })) => {
                 self.on_copy_read(now, destination, chunk, frame);
             }
+            (Kind::DigestAnswer, Some(Outstanding::Digest)) => self.on_digest(now, index, Some(Digest::new(header.sequence.get()))),
+            (Kind::ReadAnswer, Some(Outstanding::DigestRead)) => self.on_digest_read(now, Some(frame)),
             (Kind::CopyAnswer, Some(Outstanding::CopyWrite { destination, chunk })) => self.on_copy_written(now, destination, chunk),
             (Kind::RaiseEpochAnswer, Some(Outstanding::Epoch(epoch))) => self.on_epoch_raised(now, index, epoch),
             (Kind::ChangedAnswer, Some(Outstanding::Changed { destination, side })) => {
@@ -275,6 +278,8 @@ impl Engine {
                 self.members[index.0].last_error = Some(error.text.clone());
                 self.copy_whole(now, destination);
             }
+            (ErrorCode::Corrupt | ErrorCode::Io, Some(Outstanding::Digest)) => self.on_digest(now, index, None),
+            (ErrorCode::Corrupt | ErrorCode::Io, Some(Outstanding::DigestRead)) => self.on_digest_read(now, None),
             // To a read that nobody waits for any more.
             (
                 ErrorCode::Corrupt | ErrorCode::Io | ErrorCode::EpochForgotten,
@@ -282,13 +287,14 @@ impl Engine {
             ) if header.request != RequestId(0) => {}
             (code, settled) => {
                 // What was settled above is still to be done: put back what losing the member hands on.
-                match settled {
-                    Some(Outstanding::Read { .. } | Outstanding::CopyRead { .. }) => self.members[index.0].reads += 1,
-                    Some(Outstanding::Changed { .. }) => self.members[index.0].answers += 1,
-                    _ => {}
-                }
-                if let Some(outstanding @ (Outstanding::Read { .. } | Outstanding::CopyRead { .. } | Outstanding::Changed { .. })) = settled
-                {
+                let is_handed_on = |settled: &Outstanding| match settled {
+                    Outstanding::Read { .. } | Outstanding::CopyRead { .. } | Outstanding::DigestRead => Some(true),
+                    Outstanding::Changed { .. } | Outstanding::Digest => Some(false),
+                    _ => None,
+                };
+                if let Some((outstanding, is_read)) = settled.and_then(|settled| Some((settled, is_handed_on(&settled)?))) {
+                    let member = &mut self.members[index.0];
+                    *(if is_read { &mut member.reads } else { &mut member.answers }) += 1;
                     self.outstanding.insert(header.request, (index, outstanding));
                 }
                 let final_code = !matches!(code, ErrorCode::StaleTerm | ErrorCode::OutOfOrder | ErrorCode::Busy);

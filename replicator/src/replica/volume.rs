@@ -188,8 +188,10 @@ impl VolumeReplica {
             let text = format!("term {} is not promised to this connection; {} is the highest promised", header.term, self.term_asked);
             (ErrorCode::StaleTerm, text)
         })?;
-        let ranged =
-            matches!(header.kind, Kind::Write | Kind::WriteZeroes | Kind::Discard | Kind::Read | Kind::CopyWrite | Kind::CopyZeroes);
+        let ranged = matches!(
+            header.kind,
+            Kind::Write | Kind::WriteZeroes | Kind::Discard | Kind::Read | Kind::CopyWrite | Kind::CopyZeroes | Kind::Digest
+        );
         if ranged && !header.extent().is_some_and(|extent| self.spec.size.extent().contains(extent)) {
             let text = format!("{header} is outside the volume of {} bytes", self.spec.size.bytes());
             return Err((ErrorCode::OutOfRange, text));
@@ -216,6 +218,11 @@ impl VolumeReplica {
             Kind::Read => {
                 if let Some(extent) = header.extent() {
                     self.submit(connection, header, Operation::Read { extent, snapshot: None }, token);
+                }
+            }
+            Kind::Digest => {
+                if let Some(extent) = header.extent() {
+                    self.submit(connection, header, Operation::Digest { extent }, token);
                 }
             }
             Kind::Ping => {
@@ -416,6 +423,10 @@ impl VolumeReplica {
                 let found = ChangedAnswer { extents, next: next.map(BlockIndex::offset) };
                 self.answer(connection, Header { kind: Kind::ChangedAnswer, ..request }, Body::Changed(found));
             }
+            Outcome::Digest(digest) => {
+                let sequence = Seq::new(digest.get());
+                self.answer(connection, Header { kind: Kind::DigestAnswer, sequence, ..request }, Body::Empty);
+            }
             // Nothing here asks for these yet.
             Outcome::Done | Outcome::Scrubbed(_) => {}
         }
@@ -459,14 +470,14 @@ impl VolumeReplica {
             _ => ErrorCode::Io,
         };
         match error {
-            _ if matches!(request.kind, Kind::Read | Kind::Changed) => {}
+            _ if matches!(request.kind, Kind::Read | Kind::Changed | Kind::Digest) => {}
             // It has changed nothing: the primary comes back, and sends it again.
             StoreError::NoSpace { .. } => self.full = Some(error.to_string()),
             _ => self.failure = Some(error.to_string()),
         }
         self.refuse(connection, request, code, error.to_string());
         // A write or a state that failed ends the session: the primary must not count on anything after it.
-        if !matches!(request.kind, Kind::Read | Kind::Log | Kind::Changed)
+        if !matches!(request.kind, Kind::Read | Kind::Log | Kind::Changed | Kind::Digest)
             && self.session.is_some_and(|session| session.connection == connection)
         {
             self.end_session();

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use carrick_backing_store::{BLOCK_SIZE, ByteLength, ByteOffset, Extent, Seq, Term, VolumeId};
+use carrick_backing_store::{BLOCK_SIZE, ByteLength, ByteOffset, DIGEST_BLOCKS_MAX, Extent, Seq, Term, VolumeId};
 
 use super::WireError;
 
@@ -16,8 +16,12 @@ pub const HEADER_LENGTH: usize = 64;
 pub const DATA_LENGTH_MAX: u32 = (1 << 20) + BLOCK_SIZE;
 /// Longest range of a frame that carries no data, in bytes: 1 GiB keeps one frame's work for a store within milliseconds.
 pub const RANGE_LENGTH_MAX: u32 = 1 << 30;
+/// Longest range of one digest.
+pub const DIGEST_LENGTH_MAX: u32 = 16 << 20;
 /// Longest message body, in bytes, with its checksum: a log answer of 32,768 extents fits.
 pub const MESSAGE_LENGTH_MAX: u32 = (512 << 10) + 64;
+
+const _: () = assert!(DIGEST_LENGTH_MAX as u64 == DIGEST_BLOCKS_MAX * BLOCK_SIZE as u64, "what stores give");
 
 /// Ties an answer to its request; the requester chooses it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -113,6 +117,8 @@ kinds! {
     Changed = 0x14,
     /// The copy has reached `offset`: what lies before is what it was for good at the end of epoch `sequence`, or younger.
     CopyMark = 0x16,
+    /// What do these blocks hold, in one number?
+    Digest = 0x18,
     /// To Hello.
     HelloAnswer = 0x81,
     /// To Status.
@@ -140,6 +146,8 @@ kinds! {
     ChangedAnswer = 0x94,
     /// To CopyMark: durable.
     CopyMarkAnswer = 0x96,
+    /// To Digest: `sequence` is the digest.
+    DigestAnswer = 0x98,
     /// Instead of any answer: a code and a text.
     Error = 0xff,
 }
@@ -169,7 +177,9 @@ impl Kind {
             | Self::Error => BodyShape::Message,
             Self::Write | Self::CopyWrite => BodyShape::Data,
             Self::ReadAnswer if !flags.contains(Flags::ZEROES) => BodyShape::Data,
-            Self::WriteZeroes | Self::Discard | Self::Read | Self::CopyZeroes | Self::ReadAnswer => BodyShape::Range,
+            Self::WriteZeroes | Self::Discard | Self::Read | Self::CopyZeroes | Self::ReadAnswer | Self::Digest | Self::DigestAnswer => {
+                BodyShape::Range
+            }
             Self::Status
             | Self::Promise
             | Self::Flush
@@ -293,6 +303,7 @@ impl Header {
         let (least, limit) = match kind.shape(self.flags) {
             BodyShape::Nothing => (0, 0),
             BodyShape::Range if kind == Kind::ReadAnswer || kind == Kind::Read => (BLOCK_SIZE, DATA_LENGTH_MAX),
+            BodyShape::Range if kind == Kind::Digest || kind == Kind::DigestAnswer => (BLOCK_SIZE, DIGEST_LENGTH_MAX),
             BodyShape::Range => (BLOCK_SIZE, RANGE_LENGTH_MAX),
             BodyShape::Message => (4, MESSAGE_LENGTH_MAX),
             BodyShape::Data => (BLOCK_SIZE, DATA_LENGTH_MAX),

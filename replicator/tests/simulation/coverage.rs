@@ -35,6 +35,9 @@ pub struct Coverage {
     pub hedged: u64,
     /// Damaged reads that another replica answered.
     pub repaired: u64,
+    /// Comparisons of all replicas that came to their end, and blocks in which one was made to differ, and was repaired.
+    pub verified: u64,
+    pub settled: u64,
     /// Configs with fewer members, with more, and with a single one of several replicas.
     pub left_out: u64,
     pub taken_in: u64,
@@ -53,6 +56,7 @@ impl Coverage {
         self.copied_anything += u64::from(engine.copied().get() > 0);
         self.repaired += engine.repaired();
         self.hedged += engine.hedged();
+        self.verified += u64::from(engine.verification().is_some_and(|report| !report.running));
     }
 
     pub fn add_store(&mut self, counts: StoreCounts) {
@@ -73,7 +77,7 @@ impl Coverage {
         self.numbers().into_iter().filter(|(_, number)| **number == 0).map(|(name, _)| name).collect()
     }
 
-    fn numbers(&mut self) -> [(&'static str, &mut u64); 25] {
+    fn numbers(&mut self) -> [(&'static str, &mut u64); 27] {
         [
             ("runs", &mut self.runs),
             ("target starts", &mut self.target_starts),
@@ -91,6 +95,8 @@ impl Coverage {
             ("reads hedged", &mut self.hedged),
             ("rotten blocks", &mut self.rotten),
             ("damaged reads repaired", &mut self.repaired),
+            ("comparisons", &mut self.verified),
+            ("differences repaired", &mut self.settled),
             ("replicas left out", &mut self.left_out),
             ("replicas taken in", &mut self.taken_in),
             ("configs of one", &mut self.down_to_one),

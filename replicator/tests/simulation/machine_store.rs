@@ -15,7 +15,7 @@ pub use map::MapMachine;
 /// Small, so that requests collide.
 pub const BLOCKS: u64 = 48;
 /// No service gives this to an operation.
-const READ_ALL: Token = Token(u64::MAX);
+const OURS: Token = Token(u64::MAX);
 
 pub fn volume() -> VolumeId {
     VolumeId::from_bytes([7; 16])
@@ -85,8 +85,8 @@ pub trait MachineStore {
     /// Damages a block that the store would find good after any crash. `false` if this one isn't there, or not settled.
     fn rot(&mut self, block: BlockIndex) -> bool;
 
-    /// All bytes of the volume. Nothing else may be under way.
-    fn read_all(&mut self) -> Result<Vec<u8>, String>;
+    /// Does this, past the service. Nothing else may be under way.
+    fn do_now(&mut self, operation: Operation) -> Result<Outcome, String>;
 
     /// The run is over: a last look at what is there.
     fn finish(&mut self) -> Result<(), String>;
@@ -102,18 +102,19 @@ pub fn machine_store(kind: StoreKind, index: usize, seed: u64, short_log: bool) 
     }
 }
 
-fn whole_volume() -> Operation {
-    Operation::Read { extent: size().extent(), snapshot: None }
-}
-
-/// The bytes that the answer to [`whole_volume`] gives.
-fn bytes_of(completions: Vec<Completion>) -> Result<Vec<u8>, String> {
-    let completion = completions.into_iter().find(|completion| completion.token == READ_ALL).ok_or("no answer")?;
-    match completion.result.map_err(|error| error.to_string())? {
+/// All bytes of the volume.
+pub fn read_all(store: &mut dyn MachineStore) -> Result<Vec<u8>, String> {
+    match store.do_now(Operation::Read { extent: size().extent(), snapshot: None })? {
         Outcome::Read(ReadData::Zeroes) => Ok(vec![0; usize::try_from(size().bytes().get()).unwrap()]),
         Outcome::Read(ReadData::Blocks { data, .. }) => Ok(data.to_vec()),
         other => Err(format!("{other:?}")),
     }
+}
+
+/// The answer to what was asked with [`OURS`].
+fn our_answer(completions: Vec<Completion>) -> Result<Outcome, String> {
+    let completion = completions.into_iter().find(|completion| completion.token == OURS).ok_or("no answer")?;
+    completion.result.map_err(|error| error.to_string())
 }
 
 /// The store in memory: operations take effect whole, and a crash is a call.
@@ -188,12 +189,12 @@ impl MachineStore for MemoryMachine {
         self.store.corrupt_block(volume(), block)
     }
 
-    fn read_all(&mut self) -> Result<Vec<u8>, String> {
-        self.submit(READ_ALL, whole_volume());
+    fn do_now(&mut self, operation: Operation) -> Result<Outcome, String> {
+        self.submit(OURS, operation);
         self.store.complete_all();
         let mut completions = Vec::new();
         self.store.reap(&mut completions);
-        bytes_of(completions)
+        our_answer(completions)
     }
 
     fn finish(&mut self) -> Result<(), String> {

@@ -15,6 +15,7 @@ mod old;
 mod planted;
 mod records;
 mod target;
+mod verify;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -29,7 +30,7 @@ use carrick_replicator::wire::Frame;
 
 use crate::checker::{Checker, SECTOR};
 use crate::coverage::Coverage;
-use crate::machine_store::{MachineStore, StoreKind, machine_store};
+use crate::machine_store::{MachineStore, StoreKind, machine_store, read_all};
 use client::Pending;
 use faults::{Calm, FaultKind, choose_faults};
 use last_one::LastOne;
@@ -182,6 +183,8 @@ pub struct World {
     written_in: BTreeMap<(Term, Seq), Epoch>,
     /// Connections that engines gave up.
     dropped: u64,
+    /// One replica holds something else, on purpose.
+    is_made_different: bool,
     pub log: VecDeque<String>,
 }
 
@@ -237,6 +240,7 @@ impl World {
             coverage: Coverage::default(),
             written_in: BTreeMap::new(),
             dropped: 0,
+            is_made_different: false,
             log: VecDeque::new(),
             plan,
         };
@@ -281,6 +285,7 @@ impl World {
             }
         }
         self.rest()?;
+        self.verify()?;
         self.compare()?;
         self.machines
             .iter_mut()
@@ -344,7 +349,7 @@ impl World {
         let began = self.checker.tick();
         let mut first: Option<Vec<u8>> = None;
         for index in 0..self.machines.len() {
-            let bytes = match self.machines[index].store.read_all() {
+            let bytes = match read_all(&mut *self.machines[index].store) {
                 // A block that rotted and that nobody has read since: nothing scrubs yet.
                 Err(_) if self.machines[index].rotten => continue,
                 read => read?,

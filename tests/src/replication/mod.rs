@@ -11,6 +11,7 @@ mod qos;
 mod replace;
 mod resync;
 mod survivors;
+mod verify;
 
 use crate::report::Item;
 
@@ -61,6 +62,11 @@ pub fn items() -> Vec<Item> {
             name: "replace",
             promise: "50 replicas lost one after the other, each replaced in another store, with data carried from lap to lap; none lost",
             run: replace::again_and_again,
+        },
+        Item {
+            name: "verify",
+            promise: "blocks that differ in one of three replicas, with right checksums, are found and repaired under load; of two, it is told",
+            run: verify::differences,
         },
         Item {
             name: "qos",

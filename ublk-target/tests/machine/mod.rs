@@ -129,7 +129,7 @@ impl Machine {
 
     pub fn status(&self) -> Option<TargetStatus> {
         match self.ask(&TargetRequest::Status)? {
-            TargetAnswer::Status(status) => Some(status),
+            TargetAnswer::Status(status) => Some(*status),
             other => panic!("not a status: {other:?}"),
         }
     }

@@ -1,6 +1,7 @@
-//! Reads, listings of what changed, and scrubbing.
+//! Reads, listings of what changed, digests, and scrubbing.
 
 mod blocks;
+mod digest;
 mod listing;
 mod scrub;
 
@@ -60,6 +61,9 @@ enum Kind {
         next: u64,
         found: Vec<ChangedExtent>,
     },
+    Digest {
+        extent: Extent,
+    },
     Scrub {
         /// Blocks still to be read.
         left: u64,
@@ -91,6 +95,10 @@ impl<D: Disk> EpochMap<D> {
         self.begin(slot, token, Kind::Changed { from, snapshot, next: start.get(), found: Vec::new() });
     }
 
+    pub(super) fn begin_digest(&mut self, slot: Slot, token: Token, extent: Extent) {
+        self.begin(slot, token, Kind::Digest { extent });
+    }
+
     pub(super) fn begin_scrub(&mut self, slot: Slot, token: Token, start: BlockIndex, blocks: u64) {
         let kind =
             Kind::Scrub { left: blocks, next: start.get(), chosen: Vec::new(), end: None, verified: 0, bad: Vec::new(), outstanding: 0 };
@@ -104,7 +112,8 @@ impl<D: Disk> EpochMap<D> {
         let (volume, size) = (replica.record.volume, replica.record.size);
         let (extent, reader) = match &kind {
             Kind::Read { extent, snapshot, .. } => (*extent, Some(*snapshot)),
-            // It reads only the map. The volume's may change meanwhile; a snapshot's must not go away.
+            // These read only the map. The volume's may change meanwhile; a snapshot's must not go away.
+            Kind::Digest { extent } => (*extent, None),
             Kind::Changed { snapshot, .. } => (size.extent(), snapshot.map(Some)),
             Kind::Scrub { .. } => (size.extent(), None),
         };
@@ -131,7 +140,7 @@ impl<D: Disk> EpochMap<D> {
         let ready: Vec<ReadKey> = parked
             .extract_if(.., |key| {
                 let extent = under_way.get(key).map_or(size.extent(), |read| match &read.kind {
-                    Kind::Read { extent, .. } => *extent,
+                    Kind::Read { extent, .. } | Kind::Digest { extent } => *extent,
                     _ => size.extent(),
                 });
                 !replica.hides(key.0, extent)
@@ -160,6 +169,7 @@ impl<D: Disk> EpochMap<D> {
         match self.reading.under_way.get(&key).map(|read| &read.kind) {
             Some(Kind::Read { work: None, .. }) => self.locate(key),
             Some(Kind::Changed { .. }) => self.list(key),
+            Some(Kind::Digest { .. }) => self.digest(key),
             Some(Kind::Scrub { .. }) => self.choose(key),
             _ => {}
         }

@@ -142,6 +142,14 @@ pub enum VolumeCommand {
         #[arg(required = true, value_name = "KEY=VALUE", value_parser = Setting::parse)]
         settings: Vec<Setting>,
     },
+    /// Compare what the replicas of an attached volume hold, and repair what differs from most of them. Waits while fewer than two are in sync
+    Verify {
+        /// Its name
+        name: String,
+        /// Return when it is done; fail if replicas differ and nobody can tell which is right
+        #[arg(long)]
+        wait: bool,
+    },
     /// Put a replica in another store in place of one that no longer counts; carrickd does so by itself after a while
     Replace {
         /// The volume's name

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use carrick_ctl::fault::{Fault, Reason};
 use carrick_ctl::v1;
 use serde::Serialize;
 
@@ -16,6 +17,8 @@ use crate::words;
 
 /// For the daemon to be gone after it said that everything is shut down.
 const GONE_LIMIT: Duration = Duration::from_secs(10);
+/// Between two questions how far a comparison is: nobody waits long for the end of one that takes minutes.
+const VERIFIED_POLL: Duration = Duration::from_millis(200);
 
 /// Where results go.
 struct Output {
@@ -61,7 +64,7 @@ async fn store(client: &Client, output: &Output, command: StoreCommand) -> Resul
             // The daemon has another working directory.
             let path = std::path::absolute(path).map_err(Problem::local)?;
             let Some(path) = path.to_str().map(str::to_owned) else {
-                return Err(carrick_ctl::fault::Fault::invalid("path", "a store's path must be UTF-8").into());
+                return Err(Fault::invalid("path", "a store's path must be UTF-8").into());
             };
             let request = v1::AddStoreRequest { path, listen, insecure, size_bytes: size };
             let answer = stores.add_store(change(request)).await?.into_inner();
@@ -103,6 +106,11 @@ async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Res
             let answer = volumes.set_volume(change(settings::request(name, &settings)?)).await?.into_inner();
             output.show(&answer.volume.unwrap_or_default(), words::volume)
         }
+        VolumeCommand::Verify { name, wait } => {
+            let answer = volumes.verify_volume(change(v1::VerifyVolumeRequest { name: name.clone() })).await?.into_inner();
+            let volume = if wait { wait_until_verified(client, name).await? } else { answer.volume.unwrap_or_default() };
+            output.show(&volume, words::volume)
+        }
         VolumeCommand::Replace { name, store, with } => {
             let answer = volumes.replace_replica(change(v1::ReplaceReplicaRequest { name, store, with })).await?.into_inner();
             output.show(&answer.volume.unwrap_or_default(), words::volume)
@@ -122,6 +130,27 @@ async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Res
                 [] => String::new(),
                 stores => format!("deleted; these stores can't be reached and delete their replica later: {}\n", stores.join(", ")),
             })
+        }
+    }
+}
+
+/// Asks again and again, as long as the comparison goes on.
+async fn wait_until_verified(client: &Client, name: String) -> Result<v1::Volume, Problem> {
+    loop {
+        let answer = client.volumes().get_volume(question(v1::GetVolumeRequest { name: name.clone() })).await?.into_inner();
+        let volume = answer.volume.unwrap_or_default();
+        match volume.attachment.as_ref().and_then(|attachment| attachment.verification.as_ref()) {
+            // The target has been started anew, and knows nothing of it.
+            None => {
+                let message = format!("volume {name} was left while it was verified: begin again");
+                return Err(Fault::new(Reason::TargetUnreachable, name, message).into());
+            }
+            Some(found) if found.running => tokio::time::sleep(VERIFIED_POLL).await,
+            Some(found) if found.unsettled_blocks > 0 => {
+                let message = format!("replicas of volume {name} differ: {}", words::verification(found));
+                return Err(Fault::new(Reason::ReplicasDiffer, name, message).into());
+            }
+            Some(_) => return Ok(volume),
         }
     }
 }

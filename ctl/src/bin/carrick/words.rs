@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1::{
     Attachment, AttachmentState, GetStatusResponse, Process, ProcessKind, ProcessState, Replica, ReplicaState, Scrub, Store, StoreUsage,
-    TargetPhase, Volume, VolumeState,
+    TargetPhase, Verification, Volume, VolumeState,
 };
 
 use crate::table::Table;
@@ -148,6 +148,7 @@ pub fn volume(volume: &Volume) -> String {
         line("in flight", &attachment.requests_in_flight.to_string());
         line("copied", &format!("{} to replicas that lacked it", HumanSize(attachment.copied_bytes)));
         line("repaired", &format!("{} damaged reads", attachment.repaired_reads));
+        attachment.verification.iter().for_each(|found| line("verified", &verification(found)));
         delays(volume, attachment).into_iter().for_each(|what| line("delayed", &what));
         attachment.waiting_for.as_deref().into_iter().for_each(|what| line("waits for", what));
         attachment.problem.as_deref().into_iter().for_each(|what| line("problem", what));
@@ -167,6 +168,25 @@ pub fn volume(volume: &Volume) -> String {
     }
     let _ = write!(text, "\n{table}");
     text
+}
+
+/// What a comparison of the replicas came to.
+pub fn verification(found: &Verification) -> String {
+    let done = u128::from(found.compared_bytes) * 100 / u128::from(found.total_bytes.max(1));
+    let mut parts = vec![if found.running { format!("{done} % so far") } else { "all of it".to_owned() }];
+    match (found.repaired_blocks, found.unsettled_blocks) {
+        (0, 0) => parts.push("no difference".to_owned()),
+        (repaired, 0) => parts.push(format!("{repaired} blocks differed and were repaired")),
+        (repaired, unsettled) => {
+            let places: Vec<String> = found.unsettled_offsets.iter().map(ToString::to_string).collect();
+            let places = places.join(", ");
+            parts.push(format!("{repaired} blocks repaired, {unsettled} differ and nobody can tell which is right (at bytes {places})"));
+        }
+    }
+    if found.skipped_bytes > 0 {
+        parts.push(format!("{} could not be compared", HumanSize(found.skipped_bytes)));
+    }
+    parts.join("; ")
 }
 
 /// What may come at once, if that isn't given: a second's worth.

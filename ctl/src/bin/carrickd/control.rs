@@ -83,7 +83,7 @@ pub async fn replica(socket: &Path, request: &ReplicaRequest, limit: Duration) -
 /// How a carrick-target does.
 pub async fn target_status(socket: &Path) -> Result<TargetStatus, CallError> {
     match ask(socket, &TargetRequest::Status, STATUS_LIMIT).await? {
-        TargetAnswer::Status(status) => Ok(status),
+        TargetAnswer::Status(status) => Ok(*status),
         TargetAnswer::Refused(error) => Err(CallError::Refused(error)),
         TargetAnswer::Done => Err(unexpected()),
     }
@@ -98,7 +98,7 @@ pub async fn detach(socket: &Path, force: bool) -> Result<(), CallError> {
     }
 }
 
-/// Tells a carrick-target to go on in another way: `SetRebuildRate`, `SetLimits`.
+/// Tells a carrick-target to go on in another way: `SetRebuildRate`, `SetLimits`, `Verify`.
 pub async fn set_target(socket: &Path, request: &TargetRequest) -> Result<(), CallError> {
     match ask(socket, request, STATUS_LIMIT).await? {
         TargetAnswer::Done => Ok(()),

@@ -20,6 +20,7 @@ mod shutdown;
 mod startup;
 mod stores;
 mod survey;
+mod verify;
 mod view;
 mod volumes;
 

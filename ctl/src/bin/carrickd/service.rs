@@ -21,7 +21,7 @@ use crate::settings::Changes;
 use crate::stores::NewStore;
 use crate::view::View;
 use crate::volumes::{NewVolume, not_found, parse_name};
-use crate::{attach, moves, salvage, settings, shutdown, stores, survey, volumes};
+use crate::{attach, moves, salvage, settings, shutdown, stores, survey, verify, volumes};
 
 /// All services. Cheap to clone.
 #[derive(Clone)]
@@ -132,6 +132,13 @@ impl VolumeService for Services {
         let id = self.change(move |context| async move { settings::set(&context, &name, changes).await }).await?;
         let volume = self.look_at_volume(&self.context.state(), id).await?;
         Ok(Response::new(v1::SetVolumeResponse { volume: Some(volume) }))
+    }
+
+    async fn verify_volume(&self, request: Request<v1::VerifyVolumeRequest>) -> Result<Response<v1::VerifyVolumeResponse>, Status> {
+        let v1::VerifyVolumeRequest { name } = request.into_inner();
+        let id = self.change(move |context| async move { verify::verify(&context, &name).await }).await?;
+        let volume = self.look_at_volume(&self.context.state(), id).await?;
+        Ok(Response::new(v1::VerifyVolumeResponse { volume: Some(volume) }))
     }
 
     async fn replace_replica(&self, request: Request<v1::ReplaceReplicaRequest>) -> Result<Response<v1::ReplaceReplicaResponse>, Status> {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use carrick_backing_store::{StoreId, StoreUsage, VolumeId};
 use carrick_ctl::v1;
 use carrick_replicator::control::{
-    DamagedReplica, MemberReport, MemberState, ReplicaProcessStatus, ScrubReport, TargetPhase, TargetStatus,
+    DamagedReplica, MemberReport, MemberState, ReplicaProcessStatus, ScrubReport, TargetPhase, TargetStatus, VerificationReport,
 };
 
 use crate::metadata::{AttachmentPhase, AttachmentRecord, SalvageRecord, State, StoreRecord, VolumePhase, VolumeRecord};
@@ -166,6 +166,10 @@ impl View<'_> {
             if let Some(attachment) = &volume.attachment {
                 problems.extend(attachment.problem.as_ref().map(|problem| format!("volume {name}: {problem}")));
                 problems.extend(attachment.waiting_for.as_ref().map(|what| format!("volume {name} waits for {what}")));
+                let unsettled = attachment.verification.as_ref().map_or(0, |found| found.unsettled_blocks);
+                if unsettled > 0 {
+                    problems.push(format!("volume {name}: its replicas differ in {unsettled} blocks, and nobody can tell which is right"));
+                }
             }
             if volume.state() == v1::VolumeState::Deleting {
                 let stores: Vec<_> = volume.replicas.iter().map(|replica| replica.store_path.as_str()).collect();
@@ -281,6 +285,7 @@ fn attachment_message(record: &AttachmentRecord, target: Option<&Answer<TargetSt
         delayed_requests: 0,
         delayed_micros: 0,
         requests_delayed_now: 0,
+        verification: None,
     };
     match target {
         Some(Ok(status)) => {
@@ -294,11 +299,24 @@ fn attachment_message(record: &AttachmentRecord, target: Option<&Answer<TargetSt
             message.delayed_requests = status.delays.requests;
             message.delayed_micros = status.delays.micros;
             message.requests_delayed_now = status.delays.waiting;
+            message.verification = status.verification.as_ref().map(verification);
         }
         Some(Err(why)) => message.problem = Some(format!("carrick-target {why}")),
         None => {}
     }
     message
+}
+
+fn verification(report: &VerificationReport) -> v1::Verification {
+    v1::Verification {
+        running: report.running,
+        compared_bytes: report.compared.get(),
+        total_bytes: report.total.get(),
+        skipped_bytes: report.skipped.get(),
+        repaired_blocks: report.repaired,
+        unsettled_blocks: report.unsettled,
+        unsettled_offsets: report.places.iter().map(|block| block.offset().get()).collect(),
+    }
 }
 
 fn target_phase(phase: TargetPhase) -> v1::TargetPhase {

@@ -8,10 +8,11 @@ use carrick_backing_store::dice::Dice;
 use carrick_backing_store::disk::{Disk, DiskBlock, SimulatedDisk};
 use carrick_backing_store::epoch_map::{CheckOptions, EpochMap, FormatOptions, Geometry, OpenOptions, check, format};
 use carrick_backing_store::{
-    BLOCK_SIZE, BlockIndex, ByteLength, Completion, Extent, OpenedReplica, Operation, PowerLoss, ReplicaStore, StoreError, StoreId, Token,
+    BLOCK_SIZE, BlockIndex, ByteLength, Completion, Extent, OpenedReplica, Operation, Outcome, PowerLoss, ReplicaStore, StoreError,
+    StoreId, Token,
 };
 
-use super::{MachineStore, READ_ALL, StoreCounts, bytes_of, spec, volume, whole_volume};
+use super::{MachineStore, OURS, StoreCounts, our_answer, spec, volume};
 use crate::checker::{SECTOR, sector_bytes};
 use crate::world::Micros;
 
@@ -136,7 +137,7 @@ fn after_a_kill(disk: &SimulatedDisk, block: BlockIndex) -> Result<(Vec<OpenedRe
     let mut store = open(disk.reopen())?;
     let found = store.replicas();
     let extent = Extent::new(block.offset(), ByteLength::new(u64::from(BLOCK_SIZE))).ok_or("a block beyond all volumes")?;
-    store.submit(volume(), READ_ALL, Operation::Read { extent, snapshot: None });
+    store.submit(volume(), OURS, Operation::Read { extent, snapshot: None });
     let mut completions = Vec::new();
     for _ in 0..PATIENCE {
         store.reap(&mut completions);
@@ -248,8 +249,8 @@ impl MachineStore for MapMachine {
         true
     }
 
-    fn read_all(&mut self) -> Result<Vec<u8>, String> {
-        self.submit(READ_ALL, whole_volume());
+    fn do_now(&mut self, operation: Operation) -> Result<Outcome, String> {
+        self.submit(OURS, operation);
         let mut completions = Vec::new();
         for _ in 0..PATIENCE {
             self.disk.complete_some();
@@ -259,7 +260,7 @@ impl MachineStore for MapMachine {
                 break;
             }
         }
-        bytes_of(completions)
+        our_answer(completions)
     }
 
     fn finish(&mut self) -> Result<(), String> {

@@ -145,6 +145,7 @@ impl World {
             let incarnation = old.incarnation;
             self.on_action(incarnation, action)?;
         }
+        self.check_verification()?;
         Ok(busy)
     }
 
@@ -176,6 +177,11 @@ impl World {
             Action::Serve(term) => {
                 self.coverage.elections += 1;
                 self.note(format!("target {incarnation} serves under {term}"));
+                if self.dice.coin()
+                    && let Some(target) = self.target_of(incarnation)
+                {
+                    target.engine.verify();
+                }
             }
             Action::Superseded { promised } if self.is_current(incarnation) => {
                 // A dead predecessor's attempt reached some replica with a higher term: the target ends, and is started again.
