@@ -8,12 +8,15 @@ record() {
 }
 
 # fio_iops FILE RW BLOCK_SIZE DEPTH SECONDS [OPTION...]: requests per second of direct I/O.
-fio_iops() {
+fio_iops() { fio_said "${@:1:5}" '.read.iops + .write.iops' "${@:6}"; }
+
+# fio_said FILE RW BLOCK_SIZE DEPTH SECONDS FIGURE [OPTION...]: a figure of what fio says of its job.
+fio_said() {
   local said status=0
   said=$(mktemp)
   fio --name=bench --filename="$1" --rw="$2" --bs="$3" --iodepth="$4" --runtime="$5" --time_based \
-    --ioengine=libaio --direct=1 --randrepeat=0 --output-format=json --output="$said" "${@:6}" >&2 || status=1
-  ((status)) || jq -e '.jobs[0] | if .error == 0 then .read.iops + .write.iops else error("I/O error \(.error)") end' "$said" || status=1
+    --ioengine=libaio --direct=1 --randrepeat=0 --output-format=json --output="$said" "${@:7}" >&2 || status=1
+  ((status)) || jq -e ".jobs[0] | if .error == 0 then $6 else error(\"I/O error \\(.error)\") end" "$said" || status=1
   rm -f "$said"
   return "$status"
 }
