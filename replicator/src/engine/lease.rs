@@ -65,11 +65,15 @@ impl Engine {
     pub(super) fn on_confirmed(&mut self, now: Monotonic, index: MemberIndex, asked: Monotonic) {
         let member = &mut self.members[index.0];
         member.confirmed = member.confirmed.max(Some(asked));
+        self.release_reads(now);
+    }
+
+    /// Answers the reads that wait, if there is a lease now: a confirmation has come, or who is a majority has changed.
+    pub(super) fn release_reads(&mut self, now: Monotonic) {
         if !self.lease.has_waiting() {
             return;
         }
         if !self.is_confirmed(now, READ_LEASE) {
-            // It was late itself.
             return self.renew_lease(now);
         }
         for (job, bytes) in std::mem::take(&mut self.lease.waiting) {

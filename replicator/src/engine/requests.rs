@@ -219,9 +219,7 @@ impl Engine {
 
     /// Reads that found nobody to ask, or no lease, try again.
     pub(super) fn retry_reads(&mut self, now: Monotonic) {
-        if self.lease.has_waiting() {
-            self.renew_lease(now);
-        }
+        self.release_reads(now);
         for id in std::mem::take(&mut self.stalled_reads) {
             self.read(now, id);
         }
