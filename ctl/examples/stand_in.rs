@@ -12,6 +12,8 @@
 //! | `slow-up` | stays electing for a second |
 //! | `busy` | refuses to detach, unless forced |
 //! | `limited` | writes the limits under which it serves to `target/VOLUME.limits`, and leaves them there |
+//! | `paced` | writes the rate at which it copies at most to `target/VOLUME.rate`, and leaves it there |
+//! | `differs` | says that its replicas differ in a block, once they were compared |
 //! | `deaf` | never answers a request to detach, unless a file `cured` is in the run directory |
 //!
 //! A file `slow` in a store's folder makes each creation there last a second, a file `broken` makes it fail; what is in a file
@@ -208,6 +210,7 @@ fn target(config: &Path, run: &RunDirectory) -> Result<()> {
         return fail(ControlErrorCode::Unsupported, "this kernel has no ublk driver: load the module ublk_drv");
     }
     write_limits(&config, run, &config.limits)?;
+    write_rate(&config, run, config.rebuild_rate)?;
     let control = bind(&run.target_control(config.volume))?;
     let started = Instant::now();
     for stream in control.incoming() {
@@ -223,6 +226,15 @@ fn target(config: &Path, run: &RunDirectory) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// At what it would copy.
+fn write_rate(config: &TargetConfig, run: &RunDirectory, rate: Option<ByteLength>) -> Result<()> {
+    if !config.name.starts_with("paced") {
+        return Ok(());
+    }
+    let rate = rate.map_or(0, |rate| rate.get()).to_string();
+    fs::write(run.root().join(format!("target/{}.rate", config.volume)), rate).map_err(text)
 }
 
 fn write_limits(config: &TargetConfig, run: &RunDirectory, limits: &Limits) -> Result<()> {
@@ -277,7 +289,10 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
                 }),
             })))
         }
-        TargetRequest::SetRebuildRate { .. } => Ok(TargetAnswer::Done),
+        TargetRequest::SetRebuildRate { rate } => {
+            write_rate(config, run, *rate)?;
+            Ok(TargetAnswer::Done)
+        }
         TargetRequest::Verify => {
             fs::write(verified_file(config, run), []).map_err(text)?;
             Ok(TargetAnswer::Done)

@@ -1,11 +1,11 @@
 //! Replicas that are replaced, given up, added and compared.
 
-use carrick_backing_store::VolumeId;
-use carrick_replicator::control::{RecordsAnswer, RecordsRequest, VolumeConfig, call};
+use std::fs;
+
 use rustix::process::Signal;
 use serde_json::Value;
 
-use super::support::{Node, PATIENCE, signal};
+use super::support::{Node, signal};
 
 /// Waits until the replicas that leave are deleted.
 fn wait_left(node: &Node) {
@@ -13,6 +13,41 @@ fn wait_left(node: &Node) {
         let shown = node.carrick(&["volume", "show", "vm1"]).ok();
         shown["leaving_stores"].as_array().is_none_or(Vec::is_empty).then_some(())
     });
+}
+
+#[test]
+fn what_the_node_allows_to_be_copied_is_shared_by_volumes_that_may_copy() {
+    let mut node = Node::new(3);
+    let volumes = ["paced1", "paced2"].map(|name| {
+        let volume = node.carrick(&["volume", "create", name, "--size", "1G"]).ok();
+        node.carrick(&["attach", name]).ok();
+        volume
+    });
+    let file = |node: &Node, volume: &Value| node.run(&format!("target/{}.rate", volume["id"].as_str().unwrap()));
+    let rates = |node: &Node| {
+        let rate = |volume: &Value| fs::read_to_string(file(node, volume)).unwrap_or_default();
+        volumes.each_ref().map(|volume| rate(volume).parse::<u64>().unwrap_or(u64::MAX) >> 20)
+    };
+    let wait = |node: &Node, wanted| node.wait_for("the targets to be told", |node| (rates(node) == wanted).then_some(()));
+    assert_eq!(rates(&node), [0, 0]);
+    node.kill_daemon();
+    node.options = vec!["--rebuild-rate", "80M"];
+    node.start();
+    wait(&node, [80, 80]);
+    assert_eq!(node.carrick(&["status"]).ok()["rebuild_rate"], 80 << 20);
+    node.leave_out(&volumes[0], volumes[0]["replicas"][1]["store"].as_str().unwrap());
+    wait(&node, [80, 40]);
+    node.leave_out(&volumes[1], volumes[1]["replicas"][1]["store"].as_str().unwrap());
+    wait(&node, [40, 40]);
+    node.carrick(&["volume", "set", "paced1", "rebuild-rate=10M"]).ok();
+    wait(&node, [10, 40]);
+    // A target that starts has it from its first moment.
+    volumes.iter().for_each(|volume| fs::remove_file(file(&node, volume)).unwrap());
+    node.pids("target").into_iter().for_each(|pid| signal(pid, Signal::KILL));
+    wait(&node, [10, 40]);
+    node.carrick(&["detach", "paced2"]).ok();
+    node.carrick(&["volume", "set", "paced1", "rebuild-rate=none"]).ok();
+    node.wait_for("the other to have it alone", |node| (rates(node)[0] == 80).then_some(()));
 }
 
 #[test]
@@ -26,13 +61,7 @@ fn a_replica_that_no_longer_counts_is_replaced_in_another_store() {
     let (before, target) = (stores(&volume), node.pids("target"));
     let message = node.carrick(&["volume", "replace", "vm1", &before[1]]).fails(5, "REPLICA_COUNTS");
     assert!(message.contains("counts"), "{message}");
-    // What a target says that has lost it.
-    let id: VolumeId = volume["id"].as_str().unwrap().parse().unwrap();
-    let ask = |request: &RecordsRequest| call::<_, RecordsAnswer>(&node.run("records.sock"), request, PATIENCE).unwrap();
-    let RecordsAnswer::Config(config) = ask(&RecordsRequest::Read { volume: id }) else { panic!("no config") };
-    let members = config.members.iter().copied().filter(|store| store.to_string() != before[1]).collect();
-    let next = VolumeConfig { version: config.version.next(), members, ..config };
-    assert_eq!(ask(&RecordsRequest::Swap { volume: id, next: next.clone() }), RecordsAnswer::Config(next));
+    node.leave_out(&volume, &before[1]);
 
     for (wrong, code, reason) in [("/nonexistent", 3, "STORE_NOT_FOUND"), (&before[0], 5, "REPLICA_COUNTS")] {
         node.carrick(&["volume", "replace", "vm1", wrong]).fails(code, reason);

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use carrick_backing_store::VolumeId;
+use carrick_replicator::control::{RecordsAnswer, RecordsRequest, VolumeConfig, call};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -49,6 +51,8 @@ impl From<Output> for Answer {
 pub struct Node {
     folder: TempDir,
     daemon: Option<Child>,
+    /// Of carrickd, besides where its files are.
+    pub options: Vec<&'static str>,
 }
 
 impl Node {
@@ -56,7 +60,7 @@ impl Node {
     pub fn new(stores: usize) -> Self {
         // Not the default temporary folder: names of sockets must be short.
         let folder = tempfile::Builder::new().prefix("cctl").tempdir_in("/tmp").unwrap();
-        let mut node = Self { folder, daemon: None };
+        let mut node = Self { folder, daemon: None, options: Vec::new() };
         fs::create_dir(node.path("bin")).unwrap();
         for name in ["carrick-replica", "carrick-target"] {
             symlink(stand_in(), node.path("bin").join(name)).unwrap();
@@ -96,7 +100,8 @@ impl Node {
     fn daemon_command(&self, run_dir: &str, state_dir: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_carrickd"));
         command.arg("--run-dir").arg(self.path(run_dir)).arg("--state-dir").arg(self.path(state_dir));
-        command.arg("--bin-dir").arg(self.path("bin")).args(["--allow-non-root", "--log", "debug"]).stdin(Stdio::null());
+        command.arg("--bin-dir").arg(self.path("bin")).args(["--allow-non-root", "--log", "debug"]).args(&self.options);
+        command.stdin(Stdio::null());
         command
     }
 
@@ -114,6 +119,16 @@ impl Node {
 
     pub fn daemon_pid(&self) -> u32 {
         self.daemon.as_ref().unwrap().id()
+    }
+
+    /// What a target says that has lost a replica.
+    pub fn leave_out(&self, volume: &Value, lost: &str) {
+        let id: VolumeId = volume["id"].as_str().unwrap().parse().unwrap();
+        let ask = |request: &RecordsRequest| call::<_, RecordsAnswer>(&self.run("records.sock"), request, PATIENCE).unwrap();
+        let RecordsAnswer::Config(config) = ask(&RecordsRequest::Read { volume: id }) else { panic!("no config") };
+        let members = config.members.iter().copied().filter(|store| store.to_string() != lost).collect();
+        let next = VolumeConfig { version: config.version.next(), members, ..config };
+        assert_eq!(ask(&RecordsRequest::Swap { volume: id, next: next.clone() }), RecordsAnswer::Config(next));
     }
 
     /// kill -9.

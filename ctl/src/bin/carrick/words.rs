@@ -210,7 +210,11 @@ pub fn status(status: &GetStatusResponse) -> String {
     let up = uptime(status.uptime_seconds);
     // Writing to a string can't fail.
     let _ = writeln!(text, "carrickd {}, process {}, up {up}", status.version, status.pid);
-    let _ = writeln!(text, "run directory {}, state directory {}\n", status.run_dir, status.state_dir);
+    let _ = writeln!(text, "run directory {}, state directory {}", status.run_dir, status.state_dir);
+    if status.rebuild_rate > 0 {
+        let _ = writeln!(text, "rebuilds at {} a second at most, all volumes together", HumanSize(status.rebuild_rate));
+    }
+    text.push('\n');
     let _ = writeln!(text, "{}", stores(&status.stores));
     let _ = writeln!(text, "{}", volumes(&status.volumes));
     if !status.processes.is_empty() {

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
+use carrick_backing_store::ByteLength;
 use carrick_ctl::fault::{Fault, Reason};
 use carrick_replicator::control::RunDirectory;
-use tokio::sync::RwLockReadGuard;
+use tokio::sync::{Notify, RwLockReadGuard};
 
 use crate::locks::Locks;
 use crate::metadata::{MetadataError, MetadataStore, Mutation, State};
@@ -34,6 +35,10 @@ pub struct Context {
     pub gate: Gate,
     /// A replica that doesn't count for so long is replaced; `None`: never.
     pub replace_after: Option<Duration>,
+    /// Most bytes that all volumes of the node copy in a second to replicas that lack them; `None`: as many as go.
+    pub rebuild_rate: Option<ByteLength>,
+    /// Whoever may copy may have changed.
+    pub rates: Notify,
     /// When this carrickd started.
     pub started: Instant,
 }
@@ -76,8 +81,14 @@ impl Context {
     /// Changes what is wanted, durably, and lets the node follow.
     pub async fn apply(&self, mutation: Mutation) -> Result<Arc<State>, Fault> {
         let state = self.metadata.apply(mutation).await.map_err(metadata_fault)?;
-        self.node.poke();
+        self.follow();
         Ok(state)
+    }
+
+    /// The records have changed: the node follows.
+    pub fn follow(&self) {
+        self.node.poke();
+        self.rates.notify_one();
     }
 
     /// A process's control socket.

@@ -21,6 +21,7 @@ use crate::context::Context;
 use crate::control::{self, CallError};
 use crate::metadata::State;
 use crate::observed::{Event, Exit, ProcessId};
+use crate::pace;
 use crate::pidfd::{Ending, PidFd};
 
 /// A process that doesn't answer so long after its start is reported as hung. A replica's journal is replayed in less.
@@ -200,7 +201,7 @@ fn command(context: &Context, state: &State, id: ProcessId) -> Result<Command, E
             Ok(command)
         }
         ProcessId::Target(volume) => {
-            let config = target_config(&context.run, state, id).ok_or_else(gone)?;
+            let config = target_config(context, state, id).ok_or_else(gone)?;
             let path = context.run.target_config(volume);
             write_atomically(&path, &config).map_err(|error| Exit::failed(format!("{}: {error}", path.display())))?;
             // Of an earlier life: it must not be taken for this one's.
@@ -212,10 +213,10 @@ fn command(context: &Context, state: &State, id: ProcessId) -> Result<Command, E
     }
 }
 
-fn target_config(run: &RunDirectory, state: &State, id: ProcessId) -> Option<TargetConfig> {
+fn target_config(context: &Context, state: &State, id: ProcessId) -> Option<TargetConfig> {
     let ProcessId::Target(id) = id else { return None };
     let (volume, attachment) = (state.volumes.get(&id)?, state.attachments.get(&id)?);
-    let replica = |store: &_| ReplicaAddress { store: *store, endpoint: Endpoint::Unix(run.replica_socket(*store)) };
+    let replica = |store: &_| ReplicaAddress { store: *store, endpoint: Endpoint::Unix(context.run.replica_socket(*store)) };
     Some(TargetConfig {
         volume: id,
         name: volume.name.to_string(),
@@ -224,8 +225,8 @@ fn target_config(run: &RunDirectory, state: &State, id: ProcessId) -> Option<Tar
         queue_depth: attachment.queue_depth,
         host: attachment.host,
         replicas: volume.replicas.iter().map(replica).collect(),
-        rebuild_rate: volume.rebuild_rate,
-        records: Some(run.records_socket()),
+        rebuild_rate: pace::rate(state, context.rebuild_rate, volume),
+        records: Some(context.run.records_socket()),
         attachment: attachment.number,
         limits: volume.limits,
     })

@@ -10,6 +10,7 @@ mod metadata;
 mod moves;
 mod node;
 mod observed;
+mod pace;
 mod pidfd;
 mod reconcile;
 mod records;
@@ -31,8 +32,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use carrick_backing_store::ByteLength;
+use carrick_backing_store::size::{HumanSize, parse_size};
 use carrick_ctl::v1;
 use carrick_replicator::control::RunDirectory;
+use carrick_replicator::engine::COPY_RATE_MIN;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
@@ -70,6 +74,9 @@ struct Arguments {
     /// Replace a replica by one in another store when it hasn't counted for so many seconds, or never
     #[arg(long, value_name = "SECONDS|never", default_value = "600", value_parser = replace_after)]
     replace_after: ReplaceAfter,
+    /// Let all volumes together copy so many bytes a second at most to replicas that lack them, such as 200M
+    #[arg(long, value_name = "BYTES", value_parser = rebuild_rate)]
+    rebuild_rate: Option<ByteLength>,
     /// For tests: without root there are no block devices
     #[arg(long, hide = true)]
     allow_non_root: bool,
@@ -84,6 +91,11 @@ fn replace_after(text: &str) -> Result<ReplaceAfter, String> {
     }
     let seconds = text.parse().map_err(|_| "give a number of seconds, or never".to_owned())?;
     Ok(ReplaceAfter(Some(Duration::from_secs(seconds).min(REPLACE_AFTER_MAX))))
+}
+
+fn rebuild_rate(text: &str) -> Result<ByteLength, String> {
+    let rate = parse_size(text).map(ByteLength::new).map_err(|error| error.to_string())?;
+    if rate < COPY_RATE_MIN { Err(format!("at least {}", HumanSize(COPY_RATE_MIN.get()))) } else { Ok(rate) }
 }
 
 fn main() -> ExitCode {
@@ -128,6 +140,8 @@ fn serve(arguments: &Arguments) -> anyhow::Result<()> {
         stores: tokio::sync::Mutex::default(),
         gate: Gate::default(),
         replace_after: arguments.replace_after.0,
+        rebuild_rate: arguments.rebuild_rate,
+        rates: Notify::new(),
         started: Instant::now(),
     });
     let result = runtime.block_on(run(Arc::clone(&context), inbox));
@@ -154,6 +168,9 @@ async fn run(context: Arc<Context>, inbox: node::NodeInbox) -> anyhow::Result<()
 
     tokio::spawn(records::serve(Arc::clone(&context), records_listener));
     tokio::spawn(node::run(Arc::clone(&context), inbox));
+    if context.rebuild_rate.is_some() {
+        tokio::spawn(pace::run(Arc::clone(&context)));
+    }
     let ending = Arc::new(Notify::new());
     let ends = Arc::clone(&ending);
     let server = tonic::transport::Server::builder()

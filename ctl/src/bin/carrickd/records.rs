@@ -62,8 +62,8 @@ async fn answer(context: &Context, request: RecordsRequest) -> RecordsAnswer {
         RecordsRequest::Read { volume } => volume,
         RecordsRequest::Swap { volume, next } => match context.metadata.apply(swap(volume, next)).await {
             Ok(_) => {
-                // Who is left out may be replaced some day.
-                context.node.poke();
+                // Who is left out may be replaced some day, or copied to.
+                context.follow();
                 volume
             }
             // What it is now tells the target what happened.

@@ -201,6 +201,7 @@ impl NodeService for Services {
                 stores: view.stores(),
                 volumes: view.volumes(),
                 problems: view.problems(),
+                rebuild_rate: context.rebuild_rate.map_or(0, |rate| rate.get()),
             })
             .await;
         Ok(Response::new(response))

@@ -11,6 +11,7 @@ use carrick_replicator::limits::{Limits, Requests};
 use crate::context::Context;
 use crate::control;
 use crate::metadata::{Mutation, VolumeRecord};
+use crate::pace;
 use crate::volumes::{not_found, parse_name};
 use carrick_backing_store::VolumeId;
 
@@ -84,7 +85,8 @@ pub async fn set(context: &Context, name: &str, changes: Changes) -> Result<Volu
 
 /// Also what it should have already: a target that didn't answer the last time may now.
 async fn tell_target(context: &Context, old: &VolumeRecord, new: &VolumeRecord) {
-    let requests = [TargetRequest::SetRebuildRate { rate: new.rebuild_rate }, TargetRequest::SetLimits { limits: new.limits }];
+    let rate = pace::rate(&context.state(), context.rebuild_rate, new);
+    let requests = [TargetRequest::SetRebuildRate { rate }, TargetRequest::SetLimits { limits: new.limits }];
     for request in requests {
         if let Err(error) = control::set_target(&context.run.target_control(old.id), &request).await {
             tracing::warn!(volume = %old.name, %error, ?request, "this counts from the target's next start on");

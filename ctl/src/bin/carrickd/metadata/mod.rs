@@ -14,7 +14,7 @@
 mod records;
 mod redb_store;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

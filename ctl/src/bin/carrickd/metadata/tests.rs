@@ -40,7 +40,7 @@ fn store(number: u8) -> StoreRecord {
     }
 }
 
-fn volume(number: u8, name: &str, stores: &[u8]) -> VolumeRecord {
+pub fn volume(number: u8, name: &str, stores: &[u8]) -> VolumeRecord {
     VolumeRecord {
         id: VolumeId::from_bytes([number; 16]),
         name: name.parse().unwrap(),
@@ -60,7 +60,7 @@ fn volume(number: u8, name: &str, stores: &[u8]) -> VolumeRecord {
     }
 }
 
-fn attachment(number: u8, phase: AttachmentPhase) -> AttachmentRecord {
+pub fn attachment(number: u8, phase: AttachmentPhase) -> AttachmentRecord {
     AttachmentRecord {
         volume: VolumeId::from_bytes([number; 16]),
         host: false,
