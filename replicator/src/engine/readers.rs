@@ -47,9 +47,9 @@ fn smoothed(before: Duration, last: Duration) -> Duration {
 }
 
 impl Engine {
-    /// A read is asked for, under the next request id.
-    pub(super) fn note_read_asked(&mut self, now: Monotonic) {
-        self.readers.fresh.push_back((now, self.next_request));
+    /// A read was asked for.
+    pub(super) fn note_read_asked(&mut self, now: Monotonic, request: RequestId) {
+        self.readers.fresh.push_back((now, request));
     }
 
     /// Forgets when the oldest reads were asked for that nobody owes any more.

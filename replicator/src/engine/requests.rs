@@ -206,9 +206,9 @@ impl Engine {
         let (extent, damaged) = (job.edges.last().copied().unwrap_or(job.blocks), job.damaged);
         if let Some(member) = self.best_reader(damaged) {
             let header = self.header(Kind::Read);
-            self.note_read_asked(now);
             self.renew_lease(now);
-            self.request(now, member, Frame::range(header, extent), Outstanding::Read { job: id, asked: now });
+            let request = self.request(now, member, Frame::range(header, extent), Outstanding::Read { job: id, asked: now });
+            self.note_read_asked(now, request);
         } else if self.member_indices().all(|index| !self.members[index.0].in_sync || damaged & 1 << index.0 != 0) {
             self.finish_job(now, id, Err(RequestError::Damaged));
         } else {

@@ -66,8 +66,8 @@ impl Engine {
         self.arm_stall_retry(now);
     }
 
-    /// Sends a frame that is to be answered under its own request id.
-    pub(super) fn request(&mut self, now: Monotonic, index: MemberIndex, mut frame: Frame, outstanding: Outstanding) {
+    /// Sends a frame that is to be answered under a request id of its own: this one.
+    pub(super) fn request(&mut self, now: Monotonic, index: MemberIndex, mut frame: Frame, outstanding: Outstanding) -> RequestId {
         let request = self.next_request;
         self.next_request = RequestId(request.0 + 1);
         frame.header.request = request;
@@ -81,6 +81,7 @@ impl Engine {
         }
         self.outstanding.insert(request, (index, outstanding));
         self.actions.push_back(Action::Send(index, frame));
+        request
     }
 
     /// Takes the request off the books that a frame answers.
