@@ -275,15 +275,20 @@ impl Engine {
         if !self.chunks.contains_key(&(destination, chunk.offset())) {
             return;
         }
-        let copied = match frame.body {
-            Body::Data { checksums, data } => {
-                self.copied = ByteLength::new(self.copied.get() + data.len() as u64);
-                Frame::data(self.header(Kind::CopyWrite), chunk, checksums, data)
-            }
-            _ => Frame::range(self.header(Kind::CopyZeroes), chunk),
-        };
+        if let Some(data) = frame.payload() {
+            self.copied = ByteLength::new(self.copied.get() + data.len() as u64);
+        }
+        let copied = self.copy_frame(chunk, frame.body);
         self.request(now, destination, copied, Outstanding::CopyWrite { destination, chunk });
         self.end_chunk(now, destination, chunk.offset());
+    }
+
+    /// The frame that puts what a read gave into another member.
+    pub(super) fn copy_frame(&self, extent: Extent, read: Body) -> Frame {
+        match read {
+            Body::Data { checksums, data } => Frame::data(self.header(Kind::CopyWrite), extent, checksums, data),
+            _ => Frame::range(self.header(Kind::CopyZeroes), extent),
+        }
     }
 
     /// The source could not give the chunk.

@@ -267,10 +267,7 @@ impl Engine {
                 continue;
             }
             self.repaired += 1;
-            let copied = match &frame.body {
-                Body::Data { checksums, data } => Frame::data(self.header(Kind::CopyWrite), extent, checksums.clone(), data.clone()),
-                _ => Frame::range(self.header(Kind::CopyZeroes), extent),
-            };
+            let copied = self.copy_frame(extent, frame.body.clone());
             self.request(now, index, copied, Outstanding::Repair);
         }
     }

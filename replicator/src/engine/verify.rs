@@ -15,7 +15,7 @@ use super::requests::Owner;
 use super::{Engine, MemberIndex, Outstanding};
 use crate::control::VerificationReport;
 use crate::time::Monotonic;
-use crate::wire::{Body, Frame, Kind};
+use crate::wire::{Frame, Kind};
 
 /// Bytes compared at once: what a digest may be of.
 const RANGE: u64 = DIGEST_BLOCKS_MAX * BLOCK_SIZE as u64;
@@ -195,10 +195,7 @@ impl Engine {
             if !self.members[index.0].is_joined() {
                 continue;
             }
-            let copied = match &frame.body {
-                Body::Data { checksums, data } => Frame::data(self.header(Kind::CopyWrite), round.extent, checksums.clone(), data.clone()),
-                _ => Frame::range(self.header(Kind::CopyZeroes), round.extent),
-            };
+            let copied = self.copy_frame(round.extent, frame.body.clone());
             self.request(now, *index, copied, Outstanding::Repair);
         }
         self.note_verified(|report| report.repaired += 1);

@@ -202,10 +202,7 @@ impl World {
     fn part(&mut self, index: usize) {
         let lost: Vec<ConnectionId> =
             (0..self.machines.len()).filter(|other| *other != index).filter_map(|other| self.link(other)).collect();
-        self.events.retain(|_, event| !matches!(event, Event::ToReplica(connection, _) if lost.contains(connection)));
-        for connection in lost {
-            self.connections.entry(connection).and_modify(|state| state.cut = true);
-        }
+        lost.into_iter().for_each(|connection| self.cut(connection));
         self.note(format!("only replica {index} hears the target"));
         let end = self.now + self.dice.skewed(5 * SECOND);
         let time = SECOND + self.dice.skewed(6 * SECOND);

@@ -106,12 +106,24 @@ impl World {
         self.schedule(at, if to_replica { Event::ToReplica(connection, frame) } else { Event::ToTarget(connection, frame) });
     }
 
+    /// Nothing sent to the replica arrives any more, nor what is on its way.
+    pub(super) fn cut(&mut self, connection: ConnectionId) {
+        self.events.retain(|_, event| !matches!(event, Event::ToReplica(other, _) if *other == connection));
+        self.connections.entry(connection).and_modify(|state| state.cut = true);
+    }
+
+    /// The same of what is sent to the target, which hears of no end either.
+    pub(super) fn mute(&mut self, connection: ConnectionId) {
+        let arrives = |event: &Event| matches!(event, Event::ToTarget(other, _) | Event::GoneAtTarget(other) if *other == connection);
+        self.events.retain(|_, event| !arrives(event));
+        self.connections.entry(connection).and_modify(|state| state.mute = true);
+    }
+
     /// The replica learns of a broken connection some time after the last frame on its way, or frames are lost with it.
     pub(super) fn break_at_replica(&mut self, connection: ConnectionId) {
         let Some(state) = self.connections.get(&connection).copied() else { return };
         if self.dice.once_in(2) {
-            self.events.retain(|_, event| !matches!(event, Event::ToReplica(other, _) if *other == connection));
-            self.connections.entry(connection).and_modify(|state| state.cut = true);
+            self.cut(connection);
         }
         let delay = self.dice.skewed(SECOND);
         self.schedule(state.to_replica.max(self.now) + 1 + delay, Event::GoneAtReplica(connection));

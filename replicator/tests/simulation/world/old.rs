@@ -73,10 +73,8 @@ impl World {
     fn set_apart(&mut self, links: &[Option<ConnectionId>], apart: Apart) {
         self.note(format!("of the replicas it reaches only {}, which nobody else does", apart.replica));
         for link in links.iter().enumerate().filter(|(index, _)| *index != apart.replica).filter_map(|(_, link)| *link) {
-            self.events.retain(
-                |_, event| !matches!(event, Event::ToReplica(other, _) | Event::ToTarget(other, _) | Event::GoneAtTarget(other) if *other == link),
-            );
-            self.connections.entry(link).and_modify(|state| (state.cut, state.mute) = (true, true));
+            self.cut(link);
+            self.mute(link);
         }
         self.apart = Some(apart);
     }
