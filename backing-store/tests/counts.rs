@@ -322,6 +322,37 @@ fn memory_does_not_grow_with_what_is_mapped() {
     assert!(cached + changed * PAGE <= (8 << 20) + (64 << 20), "{cached} and {changed} pages");
 }
 
+/// Punching holes and preparing them again would hold up whatever else goes on in the file.
+#[test]
+fn large_overwrites_take_the_space_that_the_last_ones_gave_up() {
+    let mut rig = Rig::new(512 * MIB, 1, &OVERCOMMIT);
+    rig.disk.set_room(Some(500 * MIB * 4096));
+    rig.disk.set_discards(true);
+    let (id, blocks) = (volume(1), 96 * MIB);
+    create(&mut rig, id, blocks);
+    let rounds = |rig: &mut Rig, count: u64| (0..count).for_each(|_| fill(rig, id, blocks));
+    rounds(&mut rig, 4);
+    let (before, checkpoints) = (rig.disk.counters(), written(&rig).checkpoints);
+    rounds(&mut rig, 20);
+    let busy = rig.disk.counters();
+    let (discards, prepares) = (busy.discards - before.discards, busy.prepares - before.prepares);
+    let checkpoints = written(&rig).checkpoints - checkpoints;
+    println!("1,920 MiB overwritten: {checkpoints} checkpoints, {discards} discards, {prepares} prepared");
+    assert!(checkpoints >= 10, "space came back again and again: {checkpoints}");
+    assert!(discards <= 2 && prepares <= 2, "{discards} discards, {prepares} prepared");
+    // A busy store keeps that; an idle one gives it back, and then sleeps.
+    let free = |rig: &Rig| rig.store.usage().unwrap().free.get() / 4096;
+    let before = free(&rig);
+    rig.settle();
+    let idle = rig.disk.counters();
+    let taken = idle.prepared_blocks - idle.discarded_blocks;
+    assert!(idle.discarded_blocks > busy.discarded_blocks, "{idle:?}");
+    assert!(taken <= blocks + 160 * MIB, "{} MiB taken from the file system for {} MiB", taken / MIB, blocks / MIB);
+    assert!(free(&rig) >= before, "it is still free");
+    rounds(&mut rig, 1);
+    rig.settle();
+}
+
 /// Nothing is written by a store that is only read, but what idleness owed.
 #[test]
 fn a_settled_store_does_nothing() {

@@ -384,25 +384,31 @@ impl Allocator {
         self.no_free_chunk = false;
     }
 
-    // Opening.
-
-    /// Keeps chunks of which nothing is in use from being handed out before they are woken. Gives where they are, in blocks.
-    pub(super) fn hold_free_chunks(&mut self) -> Vec<(DiskBlock, u64)> {
+    /// Keeps chunks of which nothing is in use, the last first, from being handed out before they are woken: at most so many blocks.
+    /// Gives where they are.
+    pub(super) fn hold_free_chunks(&mut self, most: u64) -> Vec<(DiskBlock, u64)> {
         let whole = u16::try_from(CHUNK_BLOCKS).unwrap_or(u16::MAX);
         let mut runs: Vec<(DiskBlock, u64)> = Vec::new();
-        for chunk in 0..self.prepared_chunks {
+        let mut left = most / CHUNK_BLOCKS;
+        for chunk in (0..self.prepared_chunks).rev() {
+            if left == 0 {
+                break;
+            }
             if self.free_in_chunk[chunk] != whole {
                 continue;
             }
+            left -= 1;
             self.hold_chunk(chunk);
             let at = DiskBlock::new(self.start + chunk as u64 * CHUNK_BLOCKS);
-            match runs.last_mut().filter(|(last, count)| last.plus(*count) == at) {
-                Some((_, count)) => *count += CHUNK_BLOCKS,
+            match runs.last_mut().filter(|(first, _)| at.plus(CHUNK_BLOCKS) == *first) {
+                Some((first, count)) => (*first, *count) = (at, *count + CHUNK_BLOCKS),
                 None => runs.push((at, CHUNK_BLOCKS)),
             }
         }
         runs
     }
+
+    // Opening.
 
     fn hold_chunk(&mut self, chunk: usize) {
         let (word, _) = word_bit(chunk as u64 * CHUNK_BLOCKS);

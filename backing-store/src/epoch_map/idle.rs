@@ -1,5 +1,6 @@
 //! What happens when nothing comes in: within a second everything is on stable media, then the overwrites are copied, the journal
-//! says so, and after ten seconds a checkpoint makes the next start quick. After that the store sleeps: no timer runs.
+//! says so, and after ten seconds a checkpoint makes the next start quick and the file system gets free space back. After that the
+//! store sleeps: no timer runs.
 
 use std::time::Duration;
 
@@ -24,8 +25,12 @@ impl<D: Disk> EpochMap<D> {
             if self.copying.has_copied() {
                 self.journal.want_sync();
             }
-        } else if self.is_worth_a_checkpoint() && self.disk.now().saturating_sub(self.active_at) >= checkpoint::IDLE {
+        } else if self.disk.now().saturating_sub(self.active_at) < checkpoint::IDLE {
+            self.say_synced();
+        } else if self.is_worth_a_checkpoint() {
             self.checkpoint_wanted = true;
+        } else if self.below.keeps() {
+            self.give_back();
         } else {
             self.say_synced();
         }
@@ -43,7 +48,7 @@ impl<D: Disk> EpochMap<D> {
         if self.is_working() {
             return Some(self.disk.now());
         }
-        let waits = self.journal.is_dirty() || !self.copying.is_empty() || self.is_worth_a_checkpoint() || self.journal.is_unsaid();
+        let waits = self.journal.is_dirty() || !self.copying.is_empty() || self.is_worth_a_checkpoint() || self.below.keeps() || self.journal.is_unsaid();
         // Counted from now if the clock stood still: a change is never synced at once for having come after a pause.
         if waits && self.idle_at <= self.disk.now() {
             self.idle_at = self.disk.now() + TICK;

@@ -1,7 +1,9 @@
 //! Space of the disk below: asking for it before it is used, and giving it back.
 //!
-//! A store in a file takes no more of its file system than it needs. Blocks are handed out only where the file system has kept
-//! space for them, so no write of data can meet a full one: a hole that was punched is prepared again before it is used.
+//! A store in a file that is left alone takes no more of its file system than it needs. Blocks are handed out only where the file
+//! system has kept space for them, so no write of data can meet a full one: a hole that was punched is prepared again before it is
+//! used. That is dear: punching waits for all that is under way in the file, and the first write to what was prepared changes the
+//! file system's own maps. So what comes back is kept for the next writes, up to a limit, and given back when none come.
 
 use std::collections::VecDeque;
 use std::io;
@@ -16,6 +18,11 @@ use super::superblock::CHUNK_BLOCKS;
 
 /// Space is prepared when less than this is ready, and so much at once: 64 MiB.
 const PREPARE: u64 = (64 << 20) / BLOCK_SIZE as u64;
+/// Most free space that is kept while the store is busy, or a quarter of a small one, beside what is always prepared: twice what
+/// large overwrites give up between two checkpoints, and then want again.
+const KEEP_MAX: u64 = (16 << 30) / BLOCK_SIZE as u64;
+/// What an idle store keeps: enough not to prepare more at once.
+const KEEP_IDLE: u64 = 2 * PREPARE;
 /// After the file system had no space, so long nothing is prepared.
 const PREPARE_PAUSE: Duration = Duration::from_secs(1);
 
@@ -45,6 +52,8 @@ pub(super) struct Below {
     /// Free blocks that may be holes.
     holes: VecDeque<FreeRun>,
     in_holes: u64,
+    /// Whether whole chunks were kept since space was last given back.
+    keeps: bool,
     /// How many of them were tried since one had space.
     in_vain: usize,
     /// When the file system had no space for more.
@@ -66,6 +75,11 @@ impl Below {
     /// Free blocks that may be holes.
     pub(super) const fn in_holes(&self) -> u64 {
         self.in_holes
+    }
+
+    /// Whether an idle store may have something to give back.
+    pub(super) const fn keeps(&self) -> bool {
+        self.keeps
     }
 
     fn add_hole(&mut self, run: FreeRun) {
@@ -178,8 +192,17 @@ impl<D: Disk> EpochMap<D> {
         if !self.is_thin() {
             return;
         }
-        for (at, count) in self.allocator.hold_free_chunks() {
+        for (at, count) in self.allocator.hold_free_chunks(u64::MAX) {
             self.below.add_hole(FreeRun { at, count });
+        }
+    }
+
+    /// Nothing has come in for long: the file system gets back what was kept.
+    pub(super) fn give_back(&mut self) {
+        self.below.keeps = false;
+        let excess = self.allocator.ready().saturating_sub(KEEP_IDLE + self.reserve());
+        for (at, count) in self.allocator.hold_free_chunks(excess) {
+            self.discard(FreeRun { at, count });
         }
     }
 
@@ -187,11 +210,13 @@ impl<D: Disk> EpochMap<D> {
         self.disk.preparable().is_ok_and(|below| below.is_some())
     }
 
-    /// These blocks are not needed by any checkpoint.
+    /// These blocks are not needed by any checkpoint any more.
     pub(super) fn reuse(&mut self, mut blocks: Vec<DiskBlock>) {
         if !self.disk.wants_discards() {
             return blocks.into_iter().for_each(|block| self.allocator.wake(block));
         }
+        let limit = KEEP_MAX.min(self.allocator.blocks() / 4) + PREPARE + self.reserve();
+        let is_thin = self.is_thin();
         blocks.sort_unstable();
         for blocks in blocks.chunk_by(|a, b| a.plus(1) == *b) {
             let Some(first) = blocks.first().copied() else { continue };
@@ -205,9 +230,19 @@ impl<D: Disk> EpochMap<D> {
             let run = FreeRun { at: DiskBlock::new(from), count: to - from };
             self.wake(FreeRun { at: first, count: from - first.get() });
             self.wake(FreeRun { at: DiskBlock::new(to), count: end - to });
-            self.below.discarding += run.count;
-            self.start(Purpose::Discard(run), DiskWork::Discard { at: run.at, count: run.count });
+            // A device is told only what is too much: nobody waits for its space.
+            if self.allocator.ready() + run.count <= limit {
+                self.below.keeps = is_thin;
+                self.wake(run);
+            } else {
+                self.discard(run);
+            }
         }
+    }
+
+    fn discard(&mut self, run: FreeRun) {
+        self.below.discarding += run.count;
+        self.start(Purpose::Discard(run), DiskWork::Discard { at: run.at, count: run.count });
     }
 
     pub(super) fn on_discarded(&mut self, run: FreeRun) {
