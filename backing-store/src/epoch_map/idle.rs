@@ -48,7 +48,11 @@ impl<D: Disk> EpochMap<D> {
         if self.is_working() {
             return Some(self.disk.now());
         }
-        let waits = self.journal.is_dirty() || !self.copying.is_empty() || self.is_worth_a_checkpoint() || self.below.keeps() || self.journal.is_unsaid();
+        let waits = self.journal.is_dirty()
+            || !self.copying.is_empty()
+            || self.is_worth_a_checkpoint()
+            || self.below.keeps()
+            || self.journal.is_unsaid();
         // Counted from now if the clock stood still: a change is never synced at once for having come after a pause.
         if waits && self.idle_at <= self.disk.now() {
             self.idle_at = self.disk.now() + TICK;

@@ -380,15 +380,22 @@ impl Engine {
 
     /// Whether it may be in the next config: it has everything that must not be lost.
     fn is_ready(&self, member: &Member) -> bool {
-        member.is_joined()
-            && member.received >= self.acknowledged
-            && member.durable >= self.flushed
-            && before(member.epoch) >= self.epochs.stable
+        member.is_joined() && member.received >= self.acknowledged && self.is_durable(member)
+    }
+
+    /// Whether it has, on stable media, what was flushed and what counts as stable.
+    pub(super) fn is_durable(&self, member: &Member) -> bool {
+        member.durable >= self.flushed && before(member.epoch) >= self.epochs.stable
     }
 
     /// Asks those who are to be in the next config for what they lack.
     fn wait_for_readiness(&mut self, now: Monotonic, members: MemberSet) {
         self.configs.is_waiting = true;
+        self.make_durable(now, members);
+    }
+
+    /// Has those of them that are joined put on stable media what they lack there.
+    pub(super) fn make_durable(&mut self, now: Monotonic, members: MemberSet) {
         let mut needs_epoch = false;
         for index in members.iter() {
             let member = &self.members[index.0];

@@ -355,26 +355,36 @@ impl Engine {
 
     /// Whether this member's old content may give way to a copy: a majority without it has all that was acknowledged; or a
     /// joined member has, this one has not, and no other member is being copied, so that what is left of others' content stays.
+    /// And what was flushed, or told to be for good, doesn't stand on it: others may have received that, and lose it with their power.
     pub(super) fn may_destroy(&self, index: MemberIndex) -> bool {
         let Some(status) = self.members[index.0].promised() else { return false };
+        let here = Some(status.log_term) == self.term && status.content != Content::Rebuilding;
+        if here && !self.is_majority(|other, member| other != index && member.in_sync && self.is_durable(member)) {
+            return false;
+        }
         if self.is_held_without(index) {
             return true;
         }
-        let here = Some(status.log_term) == self.term && status.content != Content::Rebuilding;
         let lacks = !here || status.position < self.acknowledged;
         let holds = |member: &Member| member.is_joined() && member.received >= self.acknowledged;
         let copying = |member: &Member| member.takes_writes() && !member.is_joined() || matches!(member.stage, Stage::CopyBeginning);
         lacks && self.members.iter().any(holds) && !self.members.iter().any(copying)
     }
 
-    /// Starts to copy the whole volume into members that are behind, where that risks nothing.
+    /// Starts to copy the whole volume into members that are behind, where that risks nothing, and makes it so where it does.
     pub(super) fn start_rebuilds(&mut self, now: Monotonic) {
         if !self.is_serving() {
             return;
         }
         for index in self.member_indices() {
+            let is_behind = !self.members[index.0].in_sync && self.members[index.0].promised().is_some();
             // What it has is all there is, for somebody who gives the others up, as long as there is nobody to copy from.
-            if !self.members[index.0].in_sync && self.joined_besides(index).next().is_some() && self.may_destroy(index) {
+            if !is_behind || self.joined_besides(index).next().is_none() {
+                continue;
+            }
+            if !self.may_destroy(index) {
+                self.make_durable(now, self.voters());
+            } else {
                 let base = self.backlog.last();
                 let size = self.config.size;
                 let member = &mut self.members[index.0];

@@ -109,6 +109,7 @@ impl Engine {
             self.epochs.stable = stable;
             self.tell_synced_soon(now);
         }
+        self.start_rebuilds(now);
         if self.configs.is_waiting {
             self.propose_change(now);
         }

@@ -228,6 +228,7 @@ impl Engine {
             // What it lost no longer counts as held. It stays in the count until a majority without it has everything.
             let member = &mut self.members[index.0];
             member.received = if here { status.position.min(member.received) } else { Seq::ZERO };
+            member.durable = member.durable.min(member.received);
             if self.may_destroy(index) {
                 let member = &mut self.members[index.0];
                 (member.in_sync, member.left_at) = (false, None);

@@ -39,6 +39,8 @@ const FAILED_ONCE: &[u64] = &[
     // A replica whose copy began slowly wrote what came after with an epoch that was past.
     1795286463009157,
     1795286363009232,
+    // A copy replaced a replica that was behind while what was flushed to it was on no other majority's media.
+    20261122000005006,
 ];
 
 fn plan(seed: u64, log_lines: usize) -> Plan {
