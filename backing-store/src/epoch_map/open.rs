@@ -231,21 +231,27 @@ impl<D: Disk> EpochMap<D> {
         }
         store.suspect_holes();
         store.write_again(&unsaid)?;
+        let found = store.superblock;
         store.superblock.incarnation += 1;
         // A store of before knows it from now on.
         store.superblock.incompatible |= SYNCED_EPOCHS;
-        store.write_incarnation().map_err(|source| StoreError::Io { action: "write", path: path.to_owned(), source })?;
+        store.write_incarnation(&found).map_err(|source| StoreError::Io { action: "write", path: path.to_owned(), source })?;
         Ok(store)
     }
 
     /// Makes what was found durable, and says that from here on another incarnation writes. It must be one that never wrote
     /// anything: what is left on the disk of batches that were not found would else continue the chain, if those before it are
     /// written again with the same content.
-    fn write_incarnation(&mut self) -> io::Result<()> {
+    ///
+    /// The copy that was found comes last: a crash may have left the other one torn, and another crash, now, may tear the one that is
+    /// written first. From here on both are whole and alike whenever a checkpoint begins to write them.
+    fn write_incarnation(&mut self, found: &Superblock) -> io::Result<()> {
         let superblock = self.superblock.encode();
         let mut direct = self.direct();
+        let [first, second] = COPIES;
+        let is_first_found = read_superblock_copy(&mut direct, first).is_ok_and(|copy| copy == *found);
         direct.one(DiskWork::Sync)?;
-        for copy in COPIES {
+        for copy in if is_first_found { [second, first] } else { [first, second] } {
             direct.write(copy, &superblock)?;
             direct.one(DiskWork::Sync)?;
         }

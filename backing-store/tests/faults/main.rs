@@ -7,6 +7,7 @@
 mod damage;
 mod flips;
 mod garbage;
+mod openings;
 mod poison;
 mod rig;
 mod space;

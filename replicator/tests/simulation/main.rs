@@ -41,6 +41,8 @@ const FAILED_ONCE: &[u64] = &[
     1795286363009232,
     // A copy replaced a replica that was behind while what was flushed to it was on no other majority's media.
     20261122000005006,
+    // Power failed while a store was opened, and again while it was opened after that.
+    20261122100010288,
 ];
 
 fn plan(seed: u64, log_lines: usize) -> Plan {
