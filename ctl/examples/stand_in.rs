@@ -27,7 +27,9 @@ use std::process::exit;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use carrick_backing_store::{BlockIndex, ByteLength, Content, ReplicaSpec, ReplicaState, Seq, StoreId, StoreUsage, Synced, Term};
+use carrick_backing_store::{
+    BlockIndex, ByteLength, Content, ReplicaSpec, ReplicaState, Seq, StoreId, StoreUsage, Synced, Term, VolumeSize,
+};
 use carrick_replicator::control::{
     ControlError, ControlErrorCode, MemberReport, MemberState, ReplicaAnswer, ReplicaProcessStatus, ReplicaReport, ReplicaRequest,
     RunDirectory, ScrubReport, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus, VerificationReport, read_line,
@@ -184,6 +186,22 @@ fn replica_answer(path: &Path, run: &RunDirectory, store: StoreId, request: &Rep
             fs::write(path.join(format!("{}.replica", spec.volume)), document).map_err(text)?;
             Ok(ReplicaAnswer::Done)
         }
+        ReplicaRequest::Expand { spec } => {
+            let refused = |code, message: String| Ok(ReplicaAnswer::Refused(ControlError { code, message }));
+            let Some(known) = there.iter().find(|known| known.volume == spec.volume) else {
+                return refused(ControlErrorCode::NotFound, format!("there is no replica of volume {}", spec.volume));
+            };
+            let more = spec.size.bytes().get().saturating_sub(known.size.bytes().get());
+            if more > capacity - reserved {
+                let message = format!("no room in store {}: {more} bytes are needed, {} are free", path.display(), capacity - reserved);
+                return refused(ControlErrorCode::NoSpace, message);
+            }
+            if more > 0 {
+                let document = serde_json::to_vec(spec).map_err(text)?;
+                fs::write(path.join(format!("{}.replica", spec.volume)), document).map_err(text)?;
+            }
+            Ok(ReplicaAnswer::Done)
+        }
         ReplicaRequest::Delete { volume } => {
             let _ = fs::remove_file(path.join(format!("{volume}.replica")));
             Ok(ReplicaAnswer::Done)
@@ -208,6 +226,9 @@ fn target(config: &Path, run: &RunDirectory) -> Result<()> {
     }
     if config.name.starts_with("no-ublk") {
         return fail(ControlErrorCode::Unsupported, "this kernel has no ublk driver: load the module ublk_drv");
+    }
+    if !config.name.starts_with("rigid") || !device_size_file(&config, run).exists() {
+        fs::write(device_size_file(&config, run), config.size.bytes().to_string()).map_err(text)?;
     }
     write_limits(&config, run, &config.limits)?;
     write_rate(&config, run, config.rebuild_rate)?;
@@ -245,6 +266,15 @@ fn write_limits(config: &TargetConfig, run: &RunDirectory, limits: &Limits) -> R
     fs::write(path, serde_json::to_vec(limits).map_err(text)?).map_err(text)
 }
 
+/// How large the device is; it goes with the device.
+fn device_size_file(config: &TargetConfig, run: &RunDirectory) -> PathBuf {
+    run.root().join(format!("target/{}.size", config.volume))
+}
+
+fn size_of_device(config: &TargetConfig, run: &RunDirectory) -> Option<VolumeSize> {
+    VolumeSize::new(fs::read_to_string(device_size_file(config, run)).ok()?.parse().ok()?).ok()
+}
+
 /// It is there once the replicas were compared.
 fn verified_file(config: &TargetConfig, run: &RunDirectory) -> PathBuf {
     run.root().join(format!("target/{}.verified", config.volume))
@@ -273,6 +303,8 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
                 volume: config.volume,
                 phase: if serving { TargetPhase::Serving } else { TargetPhase::Electing },
                 device: serving.then(|| PathBuf::from("/dev/ublkb7")),
+                size: size_of_device(config, run),
+                grows_online: !named("rigid"),
                 term: serving.then_some(Term::new(1 << 32)),
                 replicas: config.replicas.iter().map(member).collect(),
                 requests_in_flight: 0,
@@ -293,6 +325,12 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
             write_rate(config, run, *rate)?;
             Ok(TargetAnswer::Done)
         }
+        TargetRequest::Expand { size } => {
+            if !named("rigid") {
+                fs::write(device_size_file(config, run), size.bytes().to_string()).map_err(text)?;
+            }
+            Ok(TargetAnswer::Done)
+        }
         TargetRequest::Verify => {
             fs::write(verified_file(config, run), []).map_err(text)?;
             Ok(TargetAnswer::Done)
@@ -310,6 +348,7 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
                 thread::sleep(Duration::from_millis(100));
             }
             let _ = fs::remove_file(device_file);
+            let _ = fs::remove_file(device_size_file(config, run));
             let _ = fs::remove_file(run.target_control(config.volume));
             let _ = fs::remove_file(run.target_lock(config.volume));
             Ok(TargetAnswer::Done)

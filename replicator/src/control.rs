@@ -31,6 +31,11 @@ pub enum ReplicaRequest {
         /// What of.
         spec: ReplicaSpec,
     },
+    /// Make a replica as large as this, unless it is; durable when it is answered. Idempotent.
+    Expand {
+        /// What of, and how large.
+        spec: ReplicaSpec,
+    },
     /// Delete a replica and end the session on it. Idempotent.
     Delete {
         /// Whose.
@@ -134,6 +139,11 @@ pub enum TargetRequest {
     },
     /// Compare the replicas, once. How far that is, the status tells.
     Verify,
+    /// The volume is to have this size: its replicas have been made as large. The status tells when the device has it.
+    Expand {
+        /// Not below the present one.
+        size: VolumeSize,
+    },
     /// From now on these limits of the volume's requests. Those that wait go on under the new ones.
     SetLimits {
         /// All of them; what isn't given isn't limited.
@@ -180,6 +190,12 @@ pub struct TargetStatus {
     pub phase: TargetPhase,
     /// The block device, once there is one.
     pub device: Option<PathBuf>,
+    /// How large it is.
+    #[serde(default)]
+    pub size: Option<VolumeSize>,
+    /// Whether this kernel lets a device grow while it is used.
+    #[serde(default)]
+    pub grows_online: bool,
     /// Its term, once a majority has promised it.
     pub term: Option<Term>,
     /// The replicas, in the order of the configuration.

@@ -202,6 +202,15 @@ impl Driver {
         self.call(Command { data: own_process(), ..command })
     }
 
+    /// Gives the disk of a started device another size. From Linux 6.16 on, where the driver takes any size: a smaller one cuts the disk
+    /// off, and without a disk it crashes before 7.0.
+    ///
+    /// # Errors
+    /// [`DriverError`].
+    pub fn update_size(&mut self, id: DeviceId, sectors: u64) -> Result<(), DriverError> {
+        self.call(Command { data: sectors, ..command("UPDATE_SIZE", sys::UBLK_U_CMD_UPDATE_SIZE, Some(id), QUICK) })
+    }
+
     /// Begins to remove the disk; requests under way are waited for.
     ///
     /// # Errors

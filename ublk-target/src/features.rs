@@ -81,8 +81,14 @@ impl Features {
             bits: format!("{:#x}", self.0),
             features: NAMES.iter().filter(|(bit, ..)| self.offers(*bit)).map(|(_, name, _)| *name).collect(),
             missing: self.missing().map(|(name, _)| name).collect(),
-            update_size: self.offers(sys::UBLK_F_UPDATE_SIZE),
+            update_size: self.grows_online(),
         }
+    }
+
+    /// Whether the size of a device can change while it is open.
+    #[must_use]
+    pub const fn grows_online(self) -> bool {
+        self.offers(sys::UBLK_F_UPDATE_SIZE)
     }
 
     /// Refuses a kernel that lacks what a target needs.

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::mpsc;
 use std::time::Instant;
 
-use carrick_backing_store::{BufferPool, Term};
+use carrick_backing_store::{BufferPool, Term, VolumeSize};
 use carrick_replicator::control::{
     ControlError, ControlErrorCode, MemberReport, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus,
 };
@@ -66,6 +66,8 @@ pub enum Notice {
         /// The answer.
         reply: Reply<TargetAnswer>,
     },
+    /// Requests may reach up to this size now.
+    Grown(VolumeSize),
     /// The driver has ended the queue, and nobody here has asked for that.
     QueueEnded,
 }
@@ -117,6 +119,10 @@ impl TargetFrontEnd {
                 engine.set_copy_rate(rate);
                 command.reply.send(TargetAnswer::Done);
             }
+            TargetRequest::Expand { size } => {
+                engine.expand(size);
+                command.reply.send(TargetAnswer::Done);
+            }
             TargetRequest::Verify => {
                 engine.verify();
                 command.reply.send(TargetAnswer::Done);
@@ -166,6 +172,8 @@ impl TargetFrontEnd {
             volume: self.config.volume,
             phase,
             device: step.device,
+            size: step.size,
+            grows_online: step.grows_online,
             term,
             replicas: members
                 .map(|(address, member)| MemberReport {
@@ -270,6 +278,10 @@ impl FrontEnd for TargetFrontEnd {
     fn on_serve(&mut self, _reactor: &mut Reactor, term: Term) -> io::Result<()> {
         self.notify(Notice::Serving(term));
         Ok(())
+    }
+
+    fn on_grown(&mut self, size: VolumeSize) {
+        self.notify(Notice::Grown(size));
     }
 
     fn on_completed(

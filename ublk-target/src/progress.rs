@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use carrick_backing_store::VolumeSize;
 use carrick_replicator::control::TargetPhase;
 
 /// Where the main thread stands.
@@ -12,19 +13,23 @@ pub struct Step {
     pub phase: TargetPhase,
     /// The block device, once there is one.
     pub device: Option<PathBuf>,
+    /// How large that is.
+    pub size: Option<VolumeSize>,
+    /// Whether it may grow while it is used.
+    pub grows_online: bool,
     /// What the main thread waits for, in words, if it does.
     pub waiting_for: Option<String>,
 }
 
-/// The shared step.
-#[derive(Clone, Debug)]
-pub struct Progress(Arc<Mutex<Step>>);
-
-impl Default for Progress {
+impl Default for Step {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Step { phase: TargetPhase::Electing, device: None, waiting_for: None })))
+        Self { phase: TargetPhase::Electing, device: None, size: None, grows_online: false, waiting_for: None }
     }
 }
+
+/// The shared step.
+#[derive(Clone, Debug, Default)]
+pub struct Progress(Arc<Mutex<Step>>);
 
 impl Progress {
     /// As it is now.

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use carrick_backing_store::VolumeId;
+use carrick_backing_store::{VolumeId, VolumeSize};
 use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory, TargetAnswer, TargetConfig, TargetPhase};
 use carrick_replicator::io::{ControlSocket, Reply, Sender};
 
@@ -22,7 +22,7 @@ use crate::files;
 use crate::front::{Notice, Order};
 use crate::identity;
 use crate::openers::{self, Usage};
-use crate::params::{self, LogicalBlock};
+use crate::params::{self, LogicalBlock, SECTOR};
 use crate::plan::{DeviceId, DeviceState, Found, Step, next_step};
 use crate::progress::Progress;
 use crate::sysfs;
@@ -103,6 +103,7 @@ impl Service {
                         return Ok(());
                     }
                 }
+                Notice::Grown(size) => self.on_grown(size),
                 // By this process's own command.
                 Notice::QueueEnded if self.is_stopping => {}
                 Notice::QueueEnded => return Err(self.on_queue_ended()),
@@ -138,6 +139,7 @@ impl Service {
             }
         };
         sysfs::set_queue(&block_folder(id));
+        self.grow(id);
         self.progress.set(|step| {
             step.phase = TargetPhase::Serving;
             step.device = Some(sysfs::disk_path(id));
@@ -145,6 +147,36 @@ impl Service {
         });
         tracing::info!(device = %sysfs::disk_path(id).display(), took = ?begun.elapsed(), "the device answers");
         Ok(Some(id))
+    }
+
+    /// Requests may reach up to this size: the device follows.
+    fn on_grown(&mut self, size: VolumeSize) {
+        self.config.size = self.config.size.max(size);
+        let devices = if self.progress.get().phase == TargetPhase::Serving { self.find() } else { Ok(Vec::new()) };
+        match devices {
+            Ok(devices) => devices.iter().for_each(|device| self.grow(device.id)),
+            Err(error) => tracing::warn!(%error, "the device keeps its size for now"),
+        }
+    }
+
+    /// Makes a device as large as the volume, if the driver can, and remembers how large it is. It has a disk.
+    fn grow(&mut self, id: DeviceId) {
+        let sectors = self.config.size.bytes().get() / SECTOR;
+        let mut found = match self.driver.params(id) {
+            Ok(params) => params.basic.dev_sectors,
+            Err(error) => return tracing::warn!(%error, "can't find out how large the device is"),
+        };
+        if found < sectors && self.features.grows_online() {
+            match self.driver.update_size(id, sectors) {
+                Ok(()) => {
+                    tracing::info!(device = %sysfs::disk_path(id).display(), size = %self.config.size.bytes(), "the device has grown");
+                    found = sectors;
+                }
+                Err(error) => tracing::error!(%error, "the device can't grow"),
+            }
+        }
+        let grows_online = self.features.grows_online();
+        self.progress.set(|step| (step.size, step.grows_online) = (VolumeSize::new(found * SECTOR).ok(), grows_online));
     }
 
     fn find(&mut self) -> Result<Vec<Found>, ControlError> {
@@ -228,6 +260,10 @@ impl Service {
         });
         match self.notices.recv_timeout(POLL) {
             Ok(Notice::Detach { force, reply }) => Ok(self.on_detach(force, reply)),
+            Ok(Notice::Grown(size)) => {
+                self.on_grown(size);
+                Ok(false)
+            }
             Ok(Notice::Serving(_) | Notice::QueueEnded) | Err(RecvTimeoutError::Timeout) => Ok(false),
             Err(RecvTimeoutError::Disconnected) => Err(failed("the queue thread has ended")),
         }
@@ -330,7 +366,7 @@ impl Service {
         }
         ignore_absent(self.driver.delete(id))?;
         files::remove(&self.run.udev_environment(&sysfs::disk_name(id)));
-        self.progress.set(|step| step.device = None);
+        self.progress.set(|step| (step.device, step.size) = (None, None));
         Ok(())
     }
 

@@ -159,6 +159,8 @@ pub enum Action {
     Complete(RequestTag, Result<Response, RequestError>),
     /// This engine is the volume's primary, and a majority holds the same bytes: requests may be taken from the kernel.
     Serve(Term),
+    /// The volume has this size now: requests may reach up to its end.
+    Grown(VolumeSize),
     /// Another primary has taken over: end the process. No request will be completed any more.
     Superseded {
         /// Its term, or, as long as it has none, the one before.

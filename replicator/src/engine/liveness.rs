@@ -31,6 +31,7 @@ impl Engine {
         self.advance_epochs(now);
         self.advance_copies(now);
         self.advance_verification(now);
+        self.advance_growth(now);
         if self.stall_deadline.is_some_and(|deadline| deadline <= now) {
             self.stall_deadline = None;
             self.retry_reads(now);
@@ -68,6 +69,7 @@ impl Engine {
             .chain(self.epoch_deadline())
             .chain(self.copy_deadline())
             .chain(self.verification_deadline())
+            .chain(self.growth_deadline())
             .min()
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use carrick_backing_store::{Epoch, LoggedExtents, Seq};
+use carrick_backing_store::{Epoch, LoggedExtents, Seq, VolumeSize};
 
 use super::copy::Copy;
 use crate::control::MemberState;
@@ -87,6 +87,8 @@ pub(super) struct Member {
     pub(super) copy: Option<Copy>,
     /// Before serving: a block of it could not be read.
     pub(super) damaged: bool,
+    /// How large its replica is, if it has said so on this connection.
+    pub(super) size: Option<VolumeSize>,
     pub(super) last_error: Option<String>,
     backoff: Duration,
     /// Whether it said no, rather than nothing.
@@ -114,6 +116,7 @@ impl Member {
             pinged: false,
             copy: None,
             damaged: false,
+            size: None,
             last_error: None,
             backoff: RETRY_FIRST,
             refused: false,
@@ -181,6 +184,7 @@ impl Member {
         self.refused = refused;
         self.last_error = Some(reason);
         self.copy = None;
+        self.size = None;
         self.forget_epochs();
         (self.reads, self.read_time) = (0, Duration::ZERO);
         self.answers = 0;

@@ -11,7 +11,7 @@
 //!
 //! Which file decides what: `election` (who is primary, what content counts), `requests` (locks, merging, sequences, completion),
 //! `copy` (bringing replicas back), `difference` and `epochs` (by copying what they lack), `readers` and `lease` (whom to read from, and when that
-//! is an answer), `verify` (whether all hold the same), `liveness` (who is lost or left behind), `session` (the conversation with a replica).
+//! is an answer), `verify` (whether all hold the same), `growth` (when the volume becomes larger), `liveness` (who is lost or left behind), `session` (the conversation with a replica).
 
 mod api;
 mod backlog;
@@ -20,6 +20,7 @@ mod copy;
 mod difference;
 mod election;
 mod epochs;
+mod growth;
 mod lease;
 mod liveness;
 mod member;
@@ -40,6 +41,7 @@ use config::Configs;
 pub use config::{Attachment, ConfigRecord, ConfigRequest, ConfigVersion, MemberSet};
 use difference::Side;
 use epochs::Epochs;
+use growth::Growth;
 use lease::Lease;
 use member::Member;
 pub use pace::COPY_RATE_MIN;
@@ -113,6 +115,8 @@ enum Outstanding {
     Digest,
     /// A block that others hold differently.
     DigestRead,
+    /// How large it is.
+    Size,
 }
 
 /// How the engine sees a member.
@@ -134,6 +138,8 @@ pub struct MemberStatus {
 #[derive(Debug)]
 pub struct Engine {
     config: EngineConfig,
+    /// The size that the volume gets once all who are there are as large.
+    growing: Option<Growth>,
     pool: BufferPool,
     phase: Phase,
     term: Option<Term>,
@@ -191,6 +197,7 @@ impl Engine {
         let mut zeroes = pool.take(2 * BLOCK_SIZE as usize);
         zeroes.fill(0);
         let mut engine = Self {
+            growing: None,
             phase: Phase::Electing { majority_at: None },
             term: None,
             configs: Configs::default(),

@@ -139,6 +139,11 @@ impl Engine {
             (Kind::ChangedAnswer, Some(Outstanding::Changed { destination, side })) => {
                 self.on_changed(now, index, destination, side, frame);
             }
+            (Kind::StatusAnswer, Some(Outstanding::Size)) => {
+                if let Body::Status(status) = frame.body {
+                    self.members[index.0].size = Some(status.size);
+                }
+            }
             (_, Some(Outstanding::Control)) => self.on_step(now, index, frame),
             _ => {}
         }
@@ -190,9 +195,8 @@ impl Engine {
     }
 
     fn on_status(&mut self, now: Monotonic, index: MemberIndex, status: StatusAnswer) {
-        if status.size != self.config.size {
-            let reason = format!("its replica has {} bytes, the volume has {}", status.size.bytes(), self.config.size.bytes());
-            return self.drop_member(now, index, reason, true);
+        if !self.has_room(now, index, status.size) {
+            return;
         }
         self.members[index.0].stage = Stage::Known(status);
         match self.term {
@@ -203,6 +207,9 @@ impl Engine {
     }
 
     fn on_promised(&mut self, now: Monotonic, index: MemberIndex, status: StatusAnswer) {
+        if !self.has_room(now, index, status.size) {
+            return;
+        }
         self.members[index.0].stage = Stage::Promised(status);
         if !self.is_serving() {
             if self.stalled_chunks.is_empty() {

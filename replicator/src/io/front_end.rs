@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Instant;
 
-use carrick_backing_store::Term;
+use carrick_backing_store::{Term, VolumeSize};
 
 use super::reactor::{Completed, Reactor};
 use crate::engine::{Engine, Request, RequestError, RequestTag, Response};
@@ -24,6 +24,9 @@ pub trait FrontEnd {
     /// # Errors
     /// End the primary.
     fn on_serve(&mut self, reactor: &mut Reactor, term: Term) -> io::Result<()>;
+
+    /// The volume has this size from now on.
+    fn on_grown(&mut self, _size: VolumeSize) {}
 
     /// An entry that this front end pushed with [`super::Source::FrontEnd`] or [`super::Source::Mailbox`] has completed.
     /// New requests are pushed to `requests`. The engine is there to be asked for its status, or to be told to abort.

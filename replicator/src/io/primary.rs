@@ -310,6 +310,7 @@ impl Primary {
                 },
                 Action::Complete(tag, result) => front.on_response(&mut self.reactor, tag, result, &mut self.requests)?,
                 Action::Serve(term) => front.on_serve(&mut self.reactor, term)?,
+                Action::Grown(size) => front.on_grown(size),
                 Action::Superseded { promised } => return Err(PrimaryError::Superseded { promised }),
             }
         }

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use carrick_backing_store::{
-    BufferPool, ByteLength, Completion, Outcome, ReplicaStore, Scrubbed, StoreError, StoreId, Term, Token, VolumeId,
+    BufferPool, ByteLength, Completion, Outcome, ReplicaSpec, ReplicaStore, Scrubbed, StoreError, StoreId, Term, Token, VolumeId,
 };
 use io_uring::opcode;
 use io_uring::types::{Fd, Timespec};
@@ -117,6 +117,10 @@ pub struct Server<S: ReplicaStore> {
     pub(super) path: PathBuf,
     /// Replicas that go as soon as the store has finished with them.
     pub(super) deleting: Vec<(VolumeId, Reply<ReplicaAnswer>)>,
+    /// Replicas that are being made larger, by a number of each request.
+    pub(super) expanding: Vec<(u64, ReplicaSpec, Reply<ReplicaAnswer>)>,
+    /// The last of these numbers.
+    pub(super) expansions: u64,
     /// Replicas that the store failed to delete.
     pub(super) half_deleted: Vec<VolumeId>,
     mailbox: Mailbox<Command<ReplicaRequest, ReplicaAnswer>>,
@@ -168,6 +172,8 @@ impl<S: ReplicaStore> Server<S> {
             listeners,
             path,
             deleting: Vec::new(),
+            expanding: Vec::new(),
+            expansions: 0,
             half_deleted: Vec::new(),
             mailbox,
             reactor,
@@ -478,6 +484,7 @@ impl<S: ReplicaStore> Server<S> {
                     self.in_store += 1;
                     self.store.submit(volume, token, operation);
                 }
+                ServiceAction::Expanded(number, result) => self.on_expanded(number, result),
             }
         }
         Ok(())

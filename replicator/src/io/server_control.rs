@@ -1,4 +1,4 @@
-//! What the control socket asks of a [`Server`]: create, delete, status.
+//! What the control socket asks of a [`Server`]: create, expand, delete, status.
 
 use carrick_backing_store::{ReplicaSpec, ReplicaStore, StoreError};
 
@@ -12,6 +12,11 @@ impl<S: ReplicaStore> Server<S> {
         let answer = match command.request {
             ReplicaRequest::Status => self.status(),
             ReplicaRequest::Create { spec } => self.create(spec),
+            ReplicaRequest::Expand { spec } => {
+                self.expansions += 1;
+                self.expanding.push((self.expansions, spec, command.reply));
+                return self.service.expand(spec, self.expansions);
+            }
             ReplicaRequest::Delete { volume } => {
                 self.deleting.push((volume, command.reply));
                 return self.finish_deletions();
@@ -56,6 +61,23 @@ impl<S: ReplicaStore> Server<S> {
             tracing::info!(store = %self.store_id, %volume, bytes = spec.size.bytes().get(), "replica created");
         }
         Ok(ReplicaAnswer::Done)
+    }
+
+    /// The store has made a replica larger, or can't.
+    pub(super) fn on_expanded(&mut self, number: u64, result: Result<(), StoreError>) {
+        let Some(index) = self.expanding.iter().position(|(expanding, ..)| *expanding == number) else { return };
+        let (_, spec, reply) = self.expanding.swap_remove(index);
+        let (store, volume, bytes) = (self.store_id, spec.volume, spec.size.bytes());
+        reply.send(match result {
+            Ok(()) => {
+                tracing::info!(%store, %volume, %bytes, "the replica is as large as it is to be");
+                ReplicaAnswer::Done
+            }
+            Err(error) => {
+                tracing::warn!(%store, %volume, %bytes, %error, "a replica can't be made larger");
+                ReplicaAnswer::Refused(refusal(error))
+            }
+        });
     }
 
     /// Deletes what is to be deleted and no longer in use.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use carrick_backing_store::{Completion, OpenedReplica, Operation, StoreId, Token, VolumeId};
+use carrick_backing_store::{Completion, OpenedReplica, Operation, ReplicaSpec, StoreError, StoreId, Token, VolumeId};
 
 use super::volume::{Effect, VolumeReplica};
 use crate::control::ReplicaReport;
@@ -26,6 +26,8 @@ pub enum ServiceAction {
     Close(ConnectionId),
     /// Submit this to the store.
     Store(VolumeId, Token, Operation),
+    /// What came of [`ReplicaService::expand`] under this number.
+    Expanded(u64, Result<(), StoreError>),
 }
 
 #[derive(Debug, Default)]
@@ -128,6 +130,18 @@ impl ReplicaService {
         self.replicas.entry(replica.spec.volume).or_insert_with(|| VolumeReplica::new(&replica));
     }
 
+    /// A replica is to have this size, if it is smaller. [`ServiceAction::Expanded`] tells, under the same number, when it has, durably.
+    pub fn expand(&mut self, spec: ReplicaSpec, number: u64) {
+        let next_token = &mut self.next_token;
+        match self.replicas.get_mut(&spec.volume) {
+            Some(replica) => {
+                replica.expand(spec.size, number, take_token(next_token));
+                self.collect(spec.volume);
+            }
+            None => self.actions.push_back(ServiceAction::Expanded(number, Err(StoreError::UnknownVolume(spec.volume)))),
+        }
+    }
+
     /// A replica is about to be deleted from the store: sessions on it end. False while operations on it are in the store;
     /// ask again after they completed.
     pub fn remove(&mut self, volume: VolumeId) -> bool {
@@ -170,6 +184,7 @@ impl ReplicaService {
             let action = match effect {
                 Effect::Send(connection, frame) => ServiceAction::Send(connection, frame),
                 Effect::Close(connection) => ServiceAction::Close(connection),
+                Effect::Expanded(number, result) => ServiceAction::Expanded(number, result),
                 Effect::Store(token, operation) => {
                     if let Some(owner) = replica.owner(token)
                         && let Some(connection) = self.connections.get_mut(&owner)

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use carrick_backing_store::{
     BlockIndex, ByteOffset, ChangedExtents, Content, Epoch, LoggedExtents, OpenedReplica, Operation, Outcome, ReadData, ReplicaSpec,
-    ReplicaState, Seq, StoreError, Synced, Term, Token,
+    ReplicaState, Seq, StoreError, Synced, Term, Token, VolumeSize,
 };
 
 use super::service::ConnectionId;
@@ -58,6 +58,15 @@ pub(super) enum Effect {
     Send(ConnectionId, Frame),
     Close(ConnectionId),
     Store(Token, Operation),
+    Expanded(u64, Result<(), StoreError>),
+}
+
+/// An expansion in the store, and the number that whoever asked for it gave it.
+#[derive(Debug)]
+struct Expansion {
+    token: Token,
+    size: VolumeSize,
+    number: u64,
 }
 
 #[derive(Debug)]
@@ -78,6 +87,7 @@ pub(super) struct VolumeReplica {
     /// Flushes that wait for the writes received before them, up to this sequence.
     flushes: VecDeque<(Seq, ConnectionId, Header)>,
     pending: BTreeMap<Token, Pending>,
+    expansions: Vec<Expansion>,
     /// Writes in the store, live and copied.
     writes: usize,
     changing: bool,
@@ -105,6 +115,7 @@ impl VolumeReplica {
             changes: VecDeque::new(),
             flushes: VecDeque::new(),
             pending: BTreeMap::new(),
+            expansions: Vec::new(),
             writes: 0,
             changing: false,
             ack_due: false,
@@ -125,7 +136,26 @@ impl VolumeReplica {
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.pending.is_empty()
+        self.pending.is_empty() && self.expansions.is_empty()
+    }
+
+    /// Makes it as large, unless it is.
+    pub(super) fn expand(&mut self, size: VolumeSize, number: u64, token: Token) {
+        let largest = self.expansions.iter().map(|expansion| expansion.size).fold(self.spec.size, VolumeSize::max);
+        if size <= self.spec.size {
+            return self.effects.push_back(Effect::Expanded(number, Ok(())));
+        }
+        // The store never shrinks a volume, and does one after the other.
+        let size = size.max(largest);
+        self.expansions.push(Expansion { token, size, number });
+        self.effects.push_back(Effect::Store(token, Operation::Expand { size }));
+    }
+
+    fn on_expanded(&mut self, Expansion { size, number, .. }: Expansion, result: Result<(), StoreError>) {
+        if result.is_ok() {
+            self.spec.size = self.spec.size.max(size);
+        }
+        self.effects.push_back(Effect::Expanded(number, result));
     }
 
     pub(super) fn report(&self) -> ReplicaReport {
@@ -360,6 +390,10 @@ impl VolumeReplica {
     }
 
     pub(super) fn on_completion(&mut self, token: Token, result: Result<Outcome, StoreError>, next: &mut impl FnMut() -> Token) {
+        if let Some(index) = self.expansions.iter().position(|expansion| expansion.token == token) {
+            let expansion = self.expansions.remove(index);
+            return self.on_expanded(expansion, result.map(drop));
+        }
         let Some(pending) = self.pending.remove(&token) else { return };
         let request = pending.request;
         let is_write = matches!(request.kind, Kind::Write | Kind::WriteZeroes | Kind::Discard | Kind::CopyWrite | Kind::CopyZeroes);

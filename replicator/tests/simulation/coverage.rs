@@ -19,6 +19,8 @@ pub struct Coverage {
     pub reads_from_old: u64,
     /// Replicas that came back too late, or were too slow, and were copied to while the target served.
     pub left_behind: u64,
+    /// Times that a volume became larger.
+    pub grown: u64,
     /// Copies of what a replica lacked since an epoch, and of all that there is.
     pub differences: u64,
     pub whole: u64,
@@ -77,7 +79,7 @@ impl Coverage {
         self.numbers().into_iter().filter(|(_, number)| **number == 0).map(|(name, _)| name).collect()
     }
 
-    fn numbers(&mut self) -> [(&'static str, &mut u64); 27] {
+    fn numbers(&mut self) -> [(&'static str, &mut u64); 28] {
         [
             ("runs", &mut self.runs),
             ("target starts", &mut self.target_starts),
@@ -96,6 +98,7 @@ impl Coverage {
             ("rotten blocks", &mut self.rotten),
             ("damaged reads repaired", &mut self.repaired),
             ("comparisons", &mut self.verified),
+            ("volumes grown", &mut self.grown),
             ("differences repaired", &mut self.settled),
             ("replicas left out", &mut self.left_out),
             ("replicas taken in", &mut self.taken_in),

@@ -12,7 +12,7 @@ use crate::world::Micros;
 
 pub use map::MapMachine;
 
-/// Small, so that requests collide.
+/// How large the volume is in the end. Small, so that requests collide.
 pub const BLOCKS: u64 = 48;
 /// No service gives this to an operation.
 const OURS: Token = Token(u64::MAX);
@@ -21,12 +21,12 @@ pub fn volume() -> VolumeId {
     VolumeId::from_bytes([7; 16])
 }
 
-pub fn size() -> VolumeSize {
-    VolumeSize::new(BLOCKS * 4096).unwrap()
+pub fn volume_of(blocks: u64) -> VolumeSize {
+    VolumeSize::new(blocks * 4096).unwrap()
 }
 
-fn spec() -> ReplicaSpec {
-    ReplicaSpec { volume: volume(), size: size() }
+fn spec(size: VolumeSize) -> ReplicaSpec {
+    ReplicaSpec { volume: volume(), size }
 }
 
 /// Which store a machine has.
@@ -94,18 +94,18 @@ pub trait MachineStore {
     fn counts(&self) -> StoreCounts;
 }
 
-pub fn machine_store(kind: StoreKind, index: usize, seed: u64, short_log: bool) -> Box<dyn MachineStore> {
+pub fn machine_store(kind: StoreKind, index: usize, size: VolumeSize, seed: u64, short_log: bool) -> Box<dyn MachineStore> {
     let id = StoreId::from_bytes([u8::try_from(index).unwrap(); 16]);
     match kind {
-        StoreKind::Memory => Box::new(MemoryMachine::new(id, short_log)),
-        StoreKind::Map => Box::new(MapMachine::new(id, Dice::new(seed ^ 0x6d61_7000 ^ (index as u64) << 40).number())),
+        StoreKind::Memory => Box::new(MemoryMachine::new(id, size, short_log)),
+        StoreKind::Map => Box::new(MapMachine::new(id, size, Dice::new(seed ^ 0x6d61_7000 ^ (index as u64) << 40).number())),
     }
 }
 
 /// All bytes of the volume.
 pub fn read_all(store: &mut dyn MachineStore) -> Result<Vec<u8>, String> {
-    match store.do_now(Operation::Read { extent: size().extent(), snapshot: None })? {
-        Outcome::Read(ReadData::Zeroes) => Ok(vec![0; usize::try_from(size().bytes().get()).unwrap()]),
+    match store.do_now(Operation::Read { extent: volume_of(BLOCKS).extent(), snapshot: None })? {
+        Outcome::Read(ReadData::Zeroes) => Ok(vec![0; usize::try_from(BLOCKS * 4096).unwrap()]),
         Outcome::Read(ReadData::Blocks { data, .. }) => Ok(data.to_vec()),
         other => Err(format!("{other:?}")),
     }
@@ -125,12 +125,12 @@ struct MemoryMachine {
 }
 
 impl MemoryMachine {
-    fn new(id: StoreId, short_log: bool) -> Self {
+    fn new(id: StoreId, size: VolumeSize, short_log: bool) -> Self {
         let mut store = MemoryStore::with_id(id).with_manual_completion();
         if short_log {
             store = store.with_log_capacity(16);
         }
-        store.create(spec()).unwrap();
+        store.create(spec(size)).unwrap();
         Self { store, is_poisoned: false, opened: 0 }
     }
 }

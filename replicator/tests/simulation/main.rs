@@ -56,7 +56,8 @@ fn plan(seed: u64, log_lines: usize) -> Plan {
         Err(_) => StoreKind::Memory,
     };
     let rot = replicas >= 3 && seed.is_multiple_of(5);
-    Plan { seed, replicas, requests: 200 + seed % 300, rot, dense: seed % 7 < 3, pauses: seed % 4 < 3, store, bug: None, log_lines }
+    let grows = Dice::new(seed ^ 0x6772_6f77).once_in(3);
+    Plan { seed, replicas, requests: 200 + seed % 300, rot, grows, dense: seed % 7 < 3, pauses: seed % 4 < 3, store, bug: None, log_lines }
 }
 
 /// Tells something, whether the test fails or not.

@@ -9,6 +9,7 @@
 mod client;
 mod epochs;
 mod faults;
+mod growth;
 mod last_one;
 mod network;
 mod old;
@@ -30,9 +31,10 @@ use carrick_replicator::wire::Frame;
 
 use crate::checker::{Checker, SECTOR};
 use crate::coverage::Coverage;
-use crate::machine_store::{MachineStore, StoreKind, machine_store, read_all};
+use crate::machine_store::{BLOCKS, MachineStore, StoreKind, machine_store, read_all, volume_of};
 use client::Pending;
 use faults::{Calm, FaultKind, choose_faults};
+use growth::Growth;
 use last_one::LastOne;
 use network::Connection;
 use old::Apart;
@@ -57,6 +59,9 @@ const ROUNDS_MAX: u32 = 100_000;
 /// Events of one run: far above what the longest needs.
 const STEPS_MAX: u64 = 5_000_000;
 
+/// Blocks of a volume that is to grow.
+const GROWS_FROM: u64 = 16;
+
 /// What a run is to be like.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
@@ -71,6 +76,8 @@ pub struct Plan {
     /// The client rests now and then: else all is over before anything slow can happen.
     pub pauses: bool,
     pub store: StoreKind,
+    /// The volume begins small.
+    pub grows: bool,
     /// Planted, to be found.
     pub bug: Option<Bug>,
     /// What happened longest ago is forgotten beyond so many lines.
@@ -110,6 +117,8 @@ enum Event {
     /// Somebody reads from a target that was left.
     AskOld(Incarnation),
     Fault,
+    /// The operator goes on making the volume larger.
+    Grow,
     /// The client has rested.
     Rested,
 }
@@ -159,6 +168,7 @@ pub struct World {
     /// What the metadata store has, and until when it can't be reached.
     record: ConfigRecord,
     records_away: Micros,
+    growth: Growth,
     last_one: Option<LastOne>,
     timer_number: u64,
     pending: BTreeMap<RequestTag, Pending>,
@@ -190,10 +200,11 @@ pub struct World {
 
 impl World {
     pub fn new(plan: Plan) -> Self {
+        let blocks = if plan.grows { GROWS_FROM } else { BLOCKS };
         let machines = (0..plan.replicas).map(|index| {
             let short_log = plan.seed.is_multiple_of(3) && !plan.rot;
             Machine {
-                store: machine_store(plan.store, index, plan.seed, short_log),
+                store: machine_store(plan.store, index, volume_of(blocks), plan.seed, short_log),
                 opening: 0,
                 completions_due: 0,
                 alarm: None,
@@ -222,6 +233,7 @@ impl World {
             incarnation: 0,
             record: ConfigRecord::first(plan.replicas),
             records_away: 0,
+            growth: Growth::new(blocks, plan.replicas),
             last_one: None,
             timer_number: 0,
             pending: BTreeMap::new(),
@@ -249,6 +261,9 @@ impl World {
         }
         world.schedule(0, Event::StartTarget);
         world.schedule(20 * MILLISECOND, Event::Fault);
+        if plan.grows {
+            world.schedule_growth();
+        }
         world
     }
 
@@ -278,7 +293,7 @@ impl World {
             self.schedule(self.now, Event::Resume(index));
         }
         let limit = self.now + HEAL_LIMIT;
-        while !(self.pending.is_empty() && self.all_in_sync() && self.old.is_none()) {
+        while !(self.pending.is_empty() && self.all_in_sync() && self.old.is_none() && self.has_grown()) {
             self.step()?;
             if self.now > limit {
                 return Err(format!("not in order {} s after the faults ended: {}", HEAL_LIMIT / SECOND, self.describe()));
@@ -453,6 +468,7 @@ impl World {
             Event::Timer(incarnation, number) => self.on_timer(incarnation, number),
             Event::AskOld(incarnation) => self.ask_old(incarnation),
             Event::Fault => self.fault(),
+            Event::Grow => self.grow(),
             // It looks in a moment, as after every event.
             Event::Rested => {}
             Event::ConfigAsked(asker, request) => self.on_config_asked(asker, request),
@@ -517,6 +533,7 @@ impl World {
                         service.on_disconnected(connection);
                     }
                 }
+                ServiceAction::Expanded(blocks, result) => self.on_expanded(index, blocks, result),
                 ServiceAction::Store(_, token, operation) => {
                     self.machines[index].operations += 1;
                     self.check_epoch(index, &operation)?;

@@ -9,7 +9,7 @@ use carrick_backing_store::disk::{Disk, DiskBlock, SimulatedDisk};
 use carrick_backing_store::epoch_map::{CheckOptions, EpochMap, FormatOptions, Geometry, OpenOptions, check, format};
 use carrick_backing_store::{
     BLOCK_SIZE, BlockIndex, ByteLength, Completion, Extent, OpenedReplica, Operation, Outcome, PowerLoss, ReplicaStore, StoreError,
-    StoreId, Token,
+    StoreId, Token, VolumeSize,
 };
 
 use super::{MachineStore, OURS, StoreCounts, our_answer, spec, volume};
@@ -52,13 +52,13 @@ pub struct MapMachine {
 }
 
 impl MapMachine {
-    pub fn new(id: StoreId, seed: u64) -> Self {
+    pub fn new(id: StoreId, size: VolumeSize, seed: u64) -> Self {
         let mut dice = Dice::new(seed);
         let disk = SimulatedDisk::new(STORE_BLOCKS, dice.number());
         disk.set_discards(dice.once_in(2));
         format(&mut disk.reopen(), path(), &FormatOptions { id: Some(id) }).unwrap();
         let mut store = open(disk.reopen()).unwrap();
-        store.create(spec()).unwrap();
+        store.create(spec(size)).unwrap();
         store.close().unwrap();
         disk.set_manual_completion(true);
         Self {

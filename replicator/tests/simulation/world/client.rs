@@ -1,12 +1,11 @@
 //! The client: what it asks of the volume, and what it makes of the answers.
 
 use carrick_backing_store::dice::Dice;
-use carrick_backing_store::{ByteLength, ByteOffset, Extent};
-use carrick_replicator::engine::{ReadBytes, Request, RequestError, RequestTag, Response};
+use carrick_backing_store::{ByteLength, ByteOffset, Extent, VolumeSize};
+use carrick_replicator::engine::{Engine, ReadBytes, Request, RequestError, RequestTag, Response};
 
 use super::{Event, MILLISECOND, Micros, World};
 use crate::checker::{SECTOR, sector_bytes};
-use crate::machine_store::BLOCKS;
 
 /// Requests in flight.
 const DEPTH: usize = 8;
@@ -33,8 +32,8 @@ fn discarded(extent: Extent) -> std::ops::Range<u64> {
 }
 
 /// Sectors anywhere, mostly whole blocks.
-pub(super) fn random_extent(dice: &mut Dice) -> Extent {
-    let all = BLOCKS * 8;
+pub(super) fn random_extent(dice: &mut Dice, size: VolumeSize) -> Extent {
+    let all = size.blocks() * 8;
     let mut first = dice.below(all);
     let mut count = 1 + dice.skewed(40).min(all - first - 1);
     if !dice.once_in(3) {
@@ -78,16 +77,16 @@ impl World {
 
     /// The client keeps a few requests in flight.
     pub(super) fn offer_requests(&mut self) -> bool {
-        let serving = self.is_serving();
+        let Some(size) = self.engine().filter(|engine| engine.is_serving()).map(Engine::size) else { return false };
         let mut offered = false;
-        while serving && self.faults && !self.is_settling() && self.pending.len() < DEPTH && self.now >= self.pause_until {
+        while self.faults && !self.is_settling() && self.pending.len() < DEPTH && self.now >= self.pause_until {
             if self.plan.pauses && self.dice.once_in(PAUSE_ONE_IN) {
                 self.pause_until = self.now + self.dice.skewed(PAUSE_LONGEST);
                 self.schedule(self.pause_until, Event::Rested);
             }
             self.next_tag += 1;
             let tag = RequestTag(self.next_tag);
-            let pending = self.random_request(self.next_tag);
+            let pending = self.random_request(self.next_tag, size);
             let request = pending.request.clone();
             self.pending.insert(tag, pending);
             let now = self.monotonic();
@@ -99,8 +98,8 @@ impl World {
         offered
     }
 
-    fn random_request(&mut self, stamp: u64) -> Pending {
-        let extent = random_extent(&mut self.dice);
+    fn random_request(&mut self, stamp: u64, size: VolumeSize) -> Pending {
+        let extent = random_extent(&mut self.dice, size);
         let fua = self.dice.once_in(8);
         let request = match self.dice.below(16) {
             0..=4 => Request::Read { extent },

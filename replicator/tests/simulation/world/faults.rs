@@ -180,9 +180,10 @@ impl World {
         self.kill_replica(index, PowerLoss::No);
         let machine = &mut self.machines[index];
         self.coverage.add_store(machine.store.counts());
-        machine.store = machine_store(self.plan.store, index, self.dice.number(), false);
+        machine.store = machine_store(self.plan.store, index, self.growth.size, self.dice.number(), false);
         (machine.promised, machine.rotten) = (Term::ZERO, false);
         machine.opening += 1;
+        self.growth.renew(index);
         // Whoever still wants to take the old one in names a store that the volume no longer has.
         self.record.version = self.record.version.next();
         self.kill_target();

@@ -87,7 +87,8 @@ impl World {
 
     /// Somebody reads from the old target, as long as it lives.
     pub(super) fn ask_old(&mut self, incarnation: Incarnation) {
-        let (extent, now) = (random_extent(&mut self.dice), self.monotonic());
+        let Some(size) = self.target_of(incarnation).map(|target| target.engine.size()) else { return };
+        let (extent, now) = (random_extent(&mut self.dice, size), self.monotonic());
         if self.is_current(incarnation) || !self.faults {
             return;
         }

@@ -15,7 +15,7 @@ use super::network::Connection;
 use super::old::Asked;
 use super::planted::Bug;
 use super::{Event, MILLISECOND, Micros, SECOND, World};
-use crate::machine_store::{size, volume};
+use crate::machine_store::volume;
 
 /// Counts targets. Each has one of its own.
 pub(super) type Incarnation = u64;
@@ -70,7 +70,7 @@ impl World {
             attachment: self.record.attachment,
             predecessor: if self.old.is_some() && !self.has(Bug::ForgetPredecessor) { Predecessor::MayServe } else { Predecessor::Ended },
             copy_rate: self.dice.coin().then_some(ByteLength::new(1 << 20)),
-            ..EngineConfig::new(volume(), size(), self.machines.len(), self.dice.number())
+            ..EngineConfig::new(volume(), self.growth.size, self.machines.len(), self.dice.number())
         };
         let mut engine = Engine::new(config, self.pool.clone(), self.monotonic());
         // The kernel issues what was in flight again, in no particular order.
@@ -183,6 +183,7 @@ impl World {
                     target.engine.verify();
                 }
             }
+            Action::Grown(size) => self.note(format!("target {incarnation} reaches up to block {}", size.blocks())),
             Action::Superseded { promised } if self.is_current(incarnation) => {
                 // A dead predecessor's attempt reached some replica with a higher term: the target ends, and is started again.
                 self.note(format!("superseded by {promised}"));
