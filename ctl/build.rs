@@ -4,10 +4,11 @@ use std::error::Error;
 use std::fs;
 use std::path::PathBuf;
 
-const PROTO: [&str; 4] = ["carrick/v1/error.proto", "carrick/v1/store.proto", "carrick/v1/volume.proto", "carrick/v1/node.proto"];
+const PROTO: [&str; 5] =
+    ["carrick/v1/error.proto", "carrick/v1/node.proto", "carrick/v1/operation.proto", "carrick/v1/store.proto", "carrick/v1/volume.proto"];
 
 /// Enum fields, and the function of `crate::json` that writes them as words.
-const ENUM_FIELDS: [(&str, &str); 7] = [
+const ENUM_FIELDS: [(&str, &str); 10] = [
     ("Store.process", "process_state"),
     ("Volume.state", "volume_state"),
     ("Replica.state", "replica_state"),
@@ -15,6 +16,9 @@ const ENUM_FIELDS: [(&str, &str); 7] = [
     ("Attachment.phase", "target_phase"),
     ("Process.kind", "process_kind"),
     ("Process.state", "process_state"),
+    ("Operation.kind", "operation_kind"),
+    ("ExpandVolumeResponse.device", "device_growth"),
+    ("Operation.state", "operation_state"),
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -100,6 +100,14 @@ reasons! {
     NothingToVerify = "NOTHING_TO_VERIFY", FailedPrecondition, Precondition;
     /// The replica counts, so it can't be replaced.
     ReplicaCounts = "REPLICA_COUNTS", FailedPrecondition, Precondition;
+    /// A volume never shrinks.
+    VolumeLarger = "VOLUME_LARGER", FailedPrecondition, Precondition;
+    /// No such operation, or it has long ended.
+    OperationNotFound = "OPERATION_NOT_FOUND", NotFound, NotFound;
+    /// The operation has ended.
+    OperationEnded = "OPERATION_ENDED", FailedPrecondition, Precondition;
+    /// What the operation has changed can't be taken back.
+    OperationPastCancelling = "OPERATION_PAST_CANCELLING", FailedPrecondition, Precondition;
     /// A volume has a replica on the store.
     StoreInUse = "STORE_IN_USE", FailedPrecondition, Precondition;
     /// The folder is neither empty nor a store, or the store can't be opened.

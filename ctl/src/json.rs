@@ -2,7 +2,9 @@
 
 use serde::Serializer;
 
-use crate::v1::{AttachmentState, ProcessKind, ProcessState, ReplicaState, TargetPhase, VolumeState};
+use crate::v1::{
+    AttachmentState, DeviceGrowth, OperationKind, OperationState, ProcessKind, ProcessState, ReplicaState, TargetPhase, VolumeState,
+};
 
 macro_rules! as_words {
     ($($function:ident: $type:ident, $prefix:literal;)*) => {
@@ -25,6 +27,9 @@ as_words! {
     replica_state: ReplicaState, "REPLICA_STATE_";
     attachment_state: AttachmentState, "ATTACHMENT_STATE_";
     target_phase: TargetPhase, "TARGET_PHASE_";
+    device_growth: DeviceGrowth, "DEVICE_GROWTH_";
+    operation_kind: OperationKind, "OPERATION_KIND_";
+    operation_state: OperationState, "OPERATION_STATE_";
 }
 
 /// `PREFIX_IN_SYNC` becomes `in-sync`.

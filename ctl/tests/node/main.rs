@@ -2,6 +2,8 @@
 //!
 //! Each test has a node of its own in a temporary folder, needs no root, and waits for states, never for times.
 
+#[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
+mod expand;
 mod replicas;
 #[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
 mod support;

@@ -144,6 +144,14 @@ impl Node {
         self.wait_daemon();
     }
 
+    /// Waits until the daemon has died by its own hand.
+    pub fn wait_crash(&mut self) {
+        let pid = self.daemon_pid();
+        self.wait_for("carrickd's death", |_| (!alive(pid)).then_some(()));
+        let status = self.daemon.take().unwrap().wait().unwrap();
+        assert!(!status.success(), "{status}");
+    }
+
     /// Waits until it has ended well.
     pub fn wait_daemon(&mut self) {
         let pid = self.daemon_pid();

@@ -62,6 +62,9 @@ pub enum Command {
     /// Volumes
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Work on volumes that takes time: what is under way, and what became of it
+    #[command(subcommand)]
+    Operation(OperationCommand),
     /// Make a volume a block device of this node; prints the device
     Attach(Attach),
     /// Take a volume's block device away
@@ -105,6 +108,31 @@ pub enum StoreCommand {
     },
 }
 
+/// What can be done with operations.
+#[derive(Debug, Subcommand)]
+pub enum OperationCommand {
+    /// List those that are under way, and the last ones that have ended
+    List {
+        /// Of this volume only
+        volume: Option<String>,
+    },
+    /// Show one
+    Show {
+        /// Its number
+        operation: String,
+    },
+    /// Print those that are under way, and each change; one that is named until it has ended
+    Watch {
+        /// Its number
+        operation: Option<String>,
+    },
+    /// End one that has not changed anything for users of its volume
+    Cancel {
+        /// Its number
+        operation: String,
+    },
+}
+
 /// What can be done with volumes.
 #[derive(Debug, Subcommand)]
 pub enum VolumeCommand {
@@ -131,6 +159,20 @@ pub enum VolumeCommand {
     Show {
         /// Its name
         name: String,
+    },
+    /// Make a volume larger, also while it is used
+    Expand {
+        /// Its name
+        name: String,
+        /// Its new size, such as 40G
+        #[arg(value_parser = size)]
+        size: u64,
+        /// Only say what would be done, and whether it could be
+        #[arg(long, conflicts_with = "wait")]
+        dry_run: bool,
+        /// Return when it is done, and show how it goes on
+        #[arg(long)]
+        wait: bool,
     },
     /// Change how a volume is run, at any time
     Set {

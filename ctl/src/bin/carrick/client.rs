@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use carrick_ctl::v1::node_service_client::NodeServiceClient;
+use carrick_ctl::v1::operation_service_client::OperationServiceClient;
 use carrick_ctl::v1::store_service_client::StoreServiceClient;
 use carrick_ctl::v1::volume_service_client::VolumeServiceClient;
 use tonic::Request;
@@ -57,6 +58,11 @@ impl Client {
     /// Calls about volumes.
     pub fn volumes(&self) -> VolumeServiceClient<Channel> {
         VolumeServiceClient::new(self.channel.clone())
+    }
+
+    /// Calls about operations.
+    pub fn operations(&self) -> OperationServiceClient<Channel> {
+        OperationServiceClient::new(self.channel.clone())
     }
 
     /// Calls about the node.

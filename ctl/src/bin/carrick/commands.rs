@@ -8,7 +8,7 @@ use carrick_ctl::fault::{Fault, Reason};
 use carrick_ctl::v1;
 use serde::Serialize;
 
-use crate::arguments::{Arguments, Attach, Command, Detach, Shutdown, StoreCommand, VolumeCommand};
+use crate::arguments::{Arguments, Attach, Command, Detach, OperationCommand, Shutdown, StoreCommand, VolumeCommand};
 use crate::bench;
 use crate::client::{Client, change, question};
 use crate::report::Problem;
@@ -28,7 +28,15 @@ struct Output {
 impl Output {
     /// Shows a result: as JSON, or in words.
     fn show<T: Serialize>(&self, result: &T, words: impl FnOnce(&T) -> String) -> Result<(), Problem> {
-        let text = if self.json { serde_json::to_string_pretty(result).map_err(Problem::local)? + "\n" } else { words(result) };
+        self.write(if self.json { serde_json::to_string_pretty(result).map_err(Problem::local)? + "\n" } else { words(result) })
+    }
+
+    /// Shows one of many results: as JSON, one in a line.
+    fn show_next<T: Serialize>(&self, result: &T, words: impl FnOnce(&T) -> String) -> Result<(), Problem> {
+        self.write(if self.json { serde_json::to_string(result).map_err(Problem::local)? + "\n" } else { words(result) })
+    }
+
+    fn write(&self, text: String) -> Result<(), Problem> {
         match io::stdout().lock().write_all(text.as_bytes()) {
             // The reader has seen enough (`carrick volume list | head -1`).
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
@@ -46,6 +54,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Problem> {
     match arguments.command {
         Command::Store(command) => store(&client.await?, &output, command).await,
         Command::Volume(command) => volume(&client.await?, &output, command).await,
+        Command::Operation(command) => operation(&client.await?, &output, command).await,
         Command::Attach(arguments) => attach(&client.await?, &output, arguments).await,
         Command::Detach(arguments) => detach(&client.await?, &output, arguments).await,
         Command::Status => {
@@ -102,6 +111,26 @@ async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Res
             let answer = volumes.get_volume(question(v1::GetVolumeRequest { name })).await?.into_inner();
             output.show(&answer.volume.unwrap_or_default(), words::volume)
         }
+        VolumeCommand::Expand { name, size, dry_run, wait } => {
+            let request = v1::ExpandVolumeRequest { name, size_bytes: size, dry_run, idempotency_key: None };
+            let answer = volumes.expand_volume(change(request)).await?.into_inner();
+            match &answer.operation {
+                Some(operation) if wait => {
+                    let id = Some(operation.id.clone());
+                    let progress = |operation: &v1::Operation| {
+                        if output.json { Ok(()) } else { output.show(operation, words::operation_line) }
+                    };
+                    let ended = watch_operation(client, id, progress).await?.unwrap_or_default();
+                    outcome(&ended)?;
+                    if output.json {
+                        output.show(&v1::ExpandVolumeResponse { operation: Some(ended), ..answer }, words::expansion)
+                    } else {
+                        Ok(())
+                    }
+                }
+                _ => output.show(&answer, words::expansion),
+            }
+        }
         VolumeCommand::Set { name, settings } => {
             let answer = volumes.set_volume(change(settings::request(name, &settings)?)).await?.into_inner();
             output.show(&answer.volume.unwrap_or_default(), words::volume)
@@ -130,6 +159,66 @@ async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Res
                 [] => String::new(),
                 stores => format!("deleted; these stores can't be reached and delete their replica later: {}\n", stores.join(", ")),
             })
+        }
+    }
+}
+
+async fn operation(client: &Client, output: &Output, command: OperationCommand) -> Result<(), Problem> {
+    let mut operations = client.operations();
+    match command {
+        OperationCommand::List { volume } => {
+            let answer = operations.list_operations(question(v1::ListOperationsRequest { volume })).await?.into_inner();
+            output.show(&answer.operations, |operations| words::operations(operations))
+        }
+        OperationCommand::Show { operation } => {
+            let answer = operations.get_operation(question(v1::GetOperationRequest { operation })).await?.into_inner();
+            output.show(&answer.operation.unwrap_or_default(), words::operation)
+        }
+        OperationCommand::Watch { operation } => {
+            watch_operation(client, operation, |operation| output.show_next(operation, words::operation_line)).await.map(drop)
+        }
+        OperationCommand::Cancel { operation } => {
+            let answer = operations.cancel_operation(change(v1::CancelOperationRequest { operation })).await?.into_inner();
+            output.show(&answer.operation.unwrap_or_default(), words::operation)
+        }
+    }
+}
+
+/// Tells each change; returns what came last.
+async fn watch_operation(
+    client: &Client,
+    operation: Option<String>,
+    mut tell: impl FnMut(&v1::Operation) -> Result<(), Problem>,
+) -> Result<Option<v1::Operation>, Problem> {
+    let request = v1::WatchOperationsRequest { operation };
+    // It may take as long as it likes.
+    let mut changes = client.operations().watch_operations(request).await?.into_inner();
+    let mut last = None;
+    while let Some(change) = changes.message().await? {
+        if let Some(operation) = change.operation {
+            tell(&operation)?;
+            last = Some(operation);
+        }
+    }
+    Ok(last)
+}
+
+/// How an operation has ended, as the command's own end.
+fn outcome(operation: &v1::Operation) -> Result<(), Problem> {
+    match operation.state() {
+        v1::OperationState::Succeeded => Ok(()),
+        v1::OperationState::Failed => {
+            let reason = operation.reason.as_deref().and_then(Reason::from_wire).unwrap_or(Reason::Internal);
+            let message = operation.message.clone().unwrap_or_else(|| "it failed".into());
+            Err(Fault::new(reason, &operation.volume, message).into())
+        }
+        v1::OperationState::Cancelled => {
+            Err(Fault::new(Reason::OperationEnded, &operation.volume, format!("operation {} was cancelled", operation.id)).into())
+        }
+        // The daemon has ended, and the operation goes on with the next one.
+        v1::OperationState::Running | v1::OperationState::Unspecified => {
+            let message = format!("carrickd has ended; operation {} goes on when it is back", operation.id);
+            Err(Fault::new(Reason::DaemonUnreachable, &operation.volume, message).into())
         }
     }
 }

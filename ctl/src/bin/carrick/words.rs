@@ -1,5 +1,7 @@
 //! What the daemon answers, for people.
 
+mod operations;
+
 use std::fmt::Write;
 use std::time::SystemTime;
 
@@ -10,6 +12,8 @@ use carrick_ctl::v1::{
 };
 
 use crate::table::Table;
+
+pub use operations::{expansion, operation, operation_line, operations};
 
 /// What a cell without content shows.
 const NONE: &str = "-";
@@ -140,8 +144,14 @@ pub fn volume(volume: &Volume) -> String {
         let (rate, burst) = (HumanSize(volume.bandwidth), HumanSize(at_once(volume.bandwidth_burst, volume.bandwidth)));
         line("bandwidth", &format!("{rate} a second at most, {burst} more at once after a pause"));
     }
+    if let Some(operation) = &volume.operation {
+        line("operation", operation_line(operation).trim_end());
+    }
     if let Some(attachment) = &volume.attachment {
         line("device", attachment.device.as_deref().unwrap_or(NONE));
+        if let Some(bytes) = attachment.device_size_bytes.filter(|bytes| *bytes < volume.size_bytes) {
+            line("device size", &format!("{}: it has the volume's when that is detached and attached again", HumanSize(bytes)));
+        }
         line("used by", if attachment.host { "the host" } else { "a guest" });
         line("queue depth", &attachment.queue_depth.to_string());
         line("term", attachment.term.as_deref().unwrap_or(NONE));
@@ -155,8 +165,7 @@ pub fn volume(volume: &Volume) -> String {
     }
     for salvage in &volume.salvages {
         let given_up = salvage.given_up_stores.join(", ");
-        let ago = rough_time(unix_now().saturating_sub(salvage.at_unix));
-        line("SALVAGED", &format!("{ago} ago from {}; what only {given_up} had is lost", salvage.from_store));
+        line("SALVAGED", &format!("{} ago from {}; what only {given_up} had is lost", ago(salvage.at_unix), salvage.from_store));
     }
     for store in &volume.leaving_stores {
         line("leaves", &format!("{store}: the replica there was replaced, and is deleted when the store is back"));
@@ -362,8 +371,10 @@ fn rough_time(seconds: u64) -> String {
     }
 }
 
-fn unix_now() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+/// How long ago that was, in seconds since 1970.
+fn ago(unix: u64) -> String {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    rough_time(now.saturating_sub(unix))
 }
 
 fn short(id: &str) -> String {
@@ -431,6 +442,7 @@ mod tests {
             ],
             attachment: Some(attachment),
             leaving_stores: vec!["/srv/old".into()],
+            operation: None,
             salvages: vec![Salvage { at_unix: 1_700_000_000, from_store: "/srv/a".into(), given_up_stores: vec!["/srv/b".into()] }],
         };
         assert_eq!(

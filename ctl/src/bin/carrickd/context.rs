@@ -37,6 +37,10 @@ pub struct Context {
     pub replace_after: Option<Duration>,
     /// Most bytes that all volumes of the node copy in a second to replicas that lack them; `None`: as many as go.
     pub rebuild_rate: Option<ByteLength>,
+    /// Tells whoever watches operations that one has changed.
+    pub operations: tokio::sync::watch::Sender<()>,
+    /// For tests: the daemon dies when this step of an operation is done, and before that is written down.
+    pub crash_at: Option<String>,
     /// Whoever may copy may have changed.
     pub rates: Notify,
     /// When this carrickd started.
@@ -80,7 +84,11 @@ impl Context {
 
     /// Changes what is wanted, durably, and lets the node follow.
     pub async fn apply(&self, mutation: Mutation) -> Result<Arc<State>, Fault> {
+        let is_operation = matches!(mutation, Mutation::PutOperation(_));
         let state = self.metadata.apply(mutation).await.map_err(metadata_fault)?;
+        if is_operation {
+            self.operations.send_replace(());
+        }
         self.follow();
         Ok(state)
     }
@@ -89,6 +97,14 @@ impl Context {
     pub fn follow(&self) {
         self.node.poke();
         self.rates.notify_one();
+    }
+
+    /// Dies here, if a test wants that.
+    pub fn crash_at(&self, step: &str) {
+        if self.crash_at.as_deref() == Some(step) {
+            tracing::error!(step, "dies on purpose");
+            std::process::abort();
+        }
     }
 
     /// A process's control socket.
@@ -124,6 +140,7 @@ fn metadata_fault(error: MetadataError) -> Fault {
         MetadataError::StoreInUse { store, .. } => Fault::new(Reason::StoreInUse, store, message),
         MetadataError::Attached(name) => Fault::new(Reason::VolumeAttached, name, message),
         MetadataError::StillCounts(name) | MetadataError::NotReady(name) => Fault::new(Reason::VolumeNotReady, name, message),
+        MetadataError::OperationOver(id) => Fault::new(Reason::OperationEnded, id, message),
         MetadataError::Changed(volume) => Fault::new(Reason::VolumeNotReady, volume, message),
         MetadataError::SameStoreTwice { name, .. } | MetadataError::BadConfig(name) => Fault::new(Reason::Internal, name, message),
         MetadataError::InUse(path)

@@ -14,7 +14,7 @@ use tokio::net::UnixStream;
 
 /// For a status: it is made from memory, and one that comes later helps nobody who waits for it.
 pub const STATUS_LIMIT: Duration = Duration::from_secs(3);
-/// For making or deleting a replica: the store allocates or frees its space, on a disk that may be busy.
+/// For making, expanding or deleting a replica: the store allocates or frees its space, on a disk that may be busy.
 pub const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 /// For taking a device away: requests in flight finish first, and a replica that answers nothing is given up after seconds.
 pub const DETACH_LIMIT: Duration = Duration::from_secs(30);
@@ -98,7 +98,7 @@ pub async fn detach(socket: &Path, force: bool) -> Result<(), CallError> {
     }
 }
 
-/// Tells a carrick-target to go on in another way: `SetRebuildRate`, `SetLimits`, `Verify`.
+/// Tells a carrick-target to go on in another way: `SetRebuildRate`, `SetLimits`, `Verify`, `Expand`.
 pub async fn set_target(socket: &Path, request: &TargetRequest) -> Result<(), CallError> {
     match ask(socket, request, STATUS_LIMIT).await? {
         TargetAnswer::Done => Ok(()),

@@ -19,6 +19,7 @@ use rustix::fs::FlockOperation;
 
 use crate::context::Context;
 use crate::control::{self, CallError};
+use crate::expand;
 use crate::metadata::State;
 use crate::observed::{Event, Exit, ProcessId};
 use crate::pace;
@@ -103,10 +104,19 @@ async fn watch(context: &Context, id: ProcessId, running: &Running) -> Exit {
     tokio::select! {
         biased;
         () = running.pidfd.ended() => {}
-        () = until_it_answers(context, id) => running.pidfd.ended().await,
+        () = attend(context, id) => {}
     }
     let ending = running.pidfd.reap();
     last_words(context, id, ending, running.log_start)
+}
+
+/// Waits until it answers, and sees to what it is then to be told. Ends never.
+async fn attend(context: &Context, id: ProcessId) {
+    until_it_answers(context, id).await;
+    if let ProcessId::Replica(store) = id {
+        expand::catch_up(context, store).await;
+    }
+    std::future::pending().await
 }
 
 async fn until_it_answers(context: &Context, id: ProcessId) {

@@ -4,12 +4,14 @@
 mod attach;
 mod context;
 mod control;
+mod expand;
 mod launch;
 mod locks;
 mod metadata;
 mod moves;
 mod node;
 mod observed;
+mod operations;
 mod pace;
 mod pidfd;
 mod reconcile;
@@ -77,6 +79,9 @@ struct Arguments {
     /// Let all volumes together copy so many bytes a second at most to replicas that lack them, such as 200M
     #[arg(long, value_name = "BYTES", value_parser = rebuild_rate)]
     rebuild_rate: Option<ByteLength>,
+    /// For tests: die when this step of an operation is done
+    #[arg(long, hide = true, value_name = "STEP")]
+    crash_at: Option<String>,
     /// For tests: without root there are no block devices
     #[arg(long, hide = true)]
     allow_non_root: bool,
@@ -141,6 +146,8 @@ fn serve(arguments: &Arguments) -> anyhow::Result<()> {
         gate: Gate::default(),
         replace_after: arguments.replace_after.0,
         rebuild_rate: arguments.rebuild_rate,
+        operations: tokio::sync::watch::Sender::default(),
+        crash_at: arguments.crash_at.clone(),
         rates: Notify::new(),
         started: Instant::now(),
     });
@@ -160,9 +167,11 @@ async fn run(context: Arc<Context>, inbox: node::NodeInbox) -> anyhow::Result<()
     let services = Services::new(Arc::clone(&context), Arc::clone(&end));
     let stores = v1::store_service_server::StoreServiceServer::new(services.clone());
     let volumes = v1::volume_service_server::VolumeServiceServer::new(services.clone());
+    let operations = v1::operation_service_server::OperationServiceServer::new(services.clone());
     let nodes = v1::node_service_server::NodeServiceServer::new(services);
     health_reporter.set_serving::<v1::store_service_server::StoreServiceServer<Services>>().await;
     health_reporter.set_serving::<v1::volume_service_server::VolumeServiceServer<Services>>().await;
+    health_reporter.set_serving::<v1::operation_service_server::OperationServiceServer<Services>>().await;
     health_reporter.set_serving::<v1::node_service_server::NodeServiceServer<Services>>().await;
     let reflection = tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(v1::DESCRIPTORS).build_v1()?;
 
@@ -178,6 +187,7 @@ async fn run(context: Arc<Context>, inbox: node::NodeInbox) -> anyhow::Result<()
         .add_service(reflection)
         .add_service(stores)
         .add_service(volumes)
+        .add_service(operations)
         .add_service(nodes)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move { ends.notified().await });
     tracing::info!(version = env!("CARGO_PKG_VERSION"), run_dir = %context.run.root().display(), "serving");

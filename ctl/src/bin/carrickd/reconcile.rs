@@ -14,6 +14,7 @@
 //! | volume deleting, a store with a replica answers | | delete that replica |
 //! | attaching or detaching, nobody works on it | | go on with it |
 //! | volume with a replica joining or leaving, its store answers | | make or delete that replica |
+//! | an operation runs, nobody works on its volume | | go on with it |
 //! | attached volume, a replica hasn't counted for `replace_after` | | replace it |
 
 use std::collections::BTreeSet;
@@ -37,6 +38,8 @@ pub enum Work {
     Detach,
     /// Make the replica that replaces another, and delete that.
     Move,
+    /// Go on with the operation that runs on it.
+    Operation,
     /// A replica hasn't counted for long: replace it by one in another store.
     Replace(StoreId),
 }
@@ -168,7 +171,9 @@ fn work_on(state: &State, observed: &Observed, volume: &VolumeRecord) -> Option<
                 }
                 Some(AttachmentPhase::Attached) | None => None,
             };
-            attachment.or_else(|| volume.joining.iter().chain(&volume.leaving).any(answers).then_some(Work::Move))
+            attachment
+                .or_else(|| volume.joining.iter().chain(&volume.leaving).any(answers).then_some(Work::Move))
+                .or_else(|| state.running(volume.id).map(|_| Work::Operation))
         }
     }
 }
@@ -195,7 +200,7 @@ mod tests {
     use carrick_replicator::limits::Limits;
 
     use super::*;
-    use crate::metadata::{AttachmentRecord, StoreRecord};
+    use crate::metadata::{AttachmentRecord, Mutation, OperationRecord, StoreRecord};
     use crate::observed::{Event, STOP_PAUSE};
 
     const STORE: StoreId = StoreId::from_bytes([1; 16]);
@@ -332,6 +337,24 @@ mod tests {
     fn what_refuses_to_end_is_asked_again_later() {
         let node = Node::new().answering(TARGET).change(|o| o.on_stop(TARGET)).event(Event::Refused(TARGET));
         assert_eq!(node.plan(), Plan { actions: vec![], wake_at: Some(node.now + STOP_PAUSE) });
+    }
+
+    #[test]
+    fn what_runs_on_a_volume_goes_on_when_nobody_works_on_it() {
+        let size = |blocks: u64| VolumeSize::new(blocks * 4096).unwrap();
+        let record = OperationRecord::expand(VOLUME, "vm1".parse().unwrap(), [size(1), size(2)], None, UNIX);
+        let node = |record: OperationRecord| {
+            let mut node = Node::new().volume(VolumePhase::Ready);
+            node.state.apply(&Mutation::PutOperation(record.into())).unwrap();
+            node
+        };
+        let go_on = [Action::Work(VOLUME, Work::Operation)];
+        node(record.clone()).does(&go_on);
+        node(record.clone()).busy().does(&[]);
+        node(record.clone()).stopping().does(&[]);
+        node(record.given_up(UNIX)).does(&[]);
+        let waits = node(record).event(Event::Worked { volume: VOLUME, finished: false });
+        assert_eq!(waits.plan(), Plan { actions: vec![], wake_at: Some(waits.now + Duration::from_secs(1)) });
     }
 
     #[test]

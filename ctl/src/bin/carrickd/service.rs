@@ -10,18 +10,20 @@ use carrick_backing_store::{ByteLength, VolumeId};
 use carrick_ctl::fault::{Fault, Reason};
 use carrick_ctl::v1;
 use carrick_ctl::v1::node_service_server::NodeService;
+use carrick_ctl::v1::operation_service_server::OperationService;
 use carrick_ctl::v1::store_service_server::StoreService;
 use carrick_ctl::v1::volume_service_server::VolumeService;
 use tokio::sync::Notify;
 use tonic::{Request, Response, Status};
 
 use crate::context::Context;
+use crate::expand::DeviceGrowth;
 use crate::metadata::State;
 use crate::settings::Changes;
 use crate::stores::NewStore;
 use crate::view::View;
 use crate::volumes::{NewVolume, not_found, parse_name};
-use crate::{attach, moves, salvage, settings, shutdown, stores, survey, verify, volumes};
+use crate::{attach, expand, moves, operations, salvage, settings, shutdown, stores, survey, verify, volumes};
 
 /// All services. Cheap to clone.
 #[derive(Clone)]
@@ -126,6 +128,25 @@ impl VolumeService for Services {
         Ok(Response::new(v1::GetVolumeResponse { volume: Some(self.look_at_volume(&state, id).await?) }))
     }
 
+    async fn expand_volume(&self, request: Request<v1::ExpandVolumeRequest>) -> Result<Response<v1::ExpandVolumeResponse>, Status> {
+        let v1::ExpandVolumeRequest { name, size_bytes, dry_run, idempotency_key } = request.into_inner();
+        let request = expand::Request { name, size: size_bytes, dry_run, key: idempotency_key };
+        let answered = self.change(move |context| async move { expand::expand(&context, request).await }).await?;
+        let device = match answered.device {
+            DeviceGrowth::NotAttached => v1::DeviceGrowth::NotAttached,
+            DeviceGrowth::Online => v1::DeviceGrowth::Online,
+            DeviceGrowth::NextAttachment => v1::DeviceGrowth::NextAttachment,
+        };
+        let [from, to] = answered.sizes;
+        Ok(Response::new(v1::ExpandVolumeResponse {
+            operation: answered.operation.as_ref().map(operations::message),
+            from_bytes: from.bytes().get(),
+            to_bytes: to.bytes().get(),
+            device: device.into(),
+            away_stores: answered.away,
+        }))
+    }
+
     async fn set_volume(&self, request: Request<v1::SetVolumeRequest>) -> Result<Response<v1::SetVolumeResponse>, Status> {
         let v1::SetVolumeRequest { name, rebuild_rate, iops, iops_burst, bandwidth, bandwidth_burst } = request.into_inner();
         let changes = Changes { rebuild_rate, iops, iops_burst, bandwidth, bandwidth_burst };
@@ -183,6 +204,38 @@ impl VolumeService for Services {
         let v1::DetachVolumeRequest { name, force } = request.into_inner();
         self.change(move |context| async move { attach::detach(&context, &name, force).await }).await?;
         Ok(Response::new(v1::DetachVolumeResponse {}))
+    }
+}
+
+#[tonic::async_trait]
+impl OperationService for Services {
+    async fn list_operations(&self, request: Request<v1::ListOperationsRequest>) -> Result<Response<v1::ListOperationsResponse>, Status> {
+        let v1::ListOperationsRequest { volume } = request.into_inner();
+        let operations = operations::list(&self.context.state(), volume.as_deref());
+        Ok(Response::new(v1::ListOperationsResponse { operations }))
+    }
+
+    async fn get_operation(&self, request: Request<v1::GetOperationRequest>) -> Result<Response<v1::GetOperationResponse>, Status> {
+        let state = self.context.state();
+        let operation = operations::resolve(&state, &request.into_inner().operation)?;
+        Ok(Response::new(v1::GetOperationResponse { operation: Some(operations::message(operation)) }))
+    }
+
+    async fn cancel_operation(
+        &self,
+        request: Request<v1::CancelOperationRequest>,
+    ) -> Result<Response<v1::CancelOperationResponse>, Status> {
+        let v1::CancelOperationRequest { operation } = request.into_inner();
+        let cancelled = self.change(move |context| async move { operations::cancel(&context, &operation).await }).await?;
+        Ok(Response::new(v1::CancelOperationResponse { operation: Some(cancelled) }))
+    }
+
+    type WatchOperationsStream = operations::Watch;
+
+    async fn watch_operations(&self, request: Request<v1::WatchOperationsRequest>) -> Result<Response<operations::Watch>, Status> {
+        let state = self.context.state();
+        let only = request.into_inner().operation.map(|text| operations::resolve(&state, &text).map(|operation| operation.id));
+        Ok(Response::new(operations::watch(&self.context, only.transpose()?)))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use carrick_backing_store::size::HumanSize;
 use carrick_backing_store::{StoreId, StoreUsage, VolumeId};
 use carrick_ctl::v1;
 use carrick_replicator::control::{
@@ -10,6 +11,7 @@ use carrick_replicator::control::{
 
 use crate::metadata::{AttachmentPhase, AttachmentRecord, SalvageRecord, State, StoreRecord, VolumePhase, VolumeRecord};
 use crate::observed::{Answers, Observed, Process, ProcessId, ProcessState};
+use crate::operations;
 use crate::survey::Answer;
 
 /// Everything that is known at one moment.
@@ -105,6 +107,7 @@ impl View<'_> {
             leaving_stores: record.leaving.iter().map(|store| self.place(*store)).collect(),
             salvages: record.salvages.iter().map(|salvage| self.salvage(salvage)).collect(),
             attachment: attachment.map(|attachment| attachment_message(attachment, target)),
+            operation: self.state.running(record.id).map(operations::message),
         }
     }
 
@@ -170,6 +173,9 @@ impl View<'_> {
                 if unsettled > 0 {
                     problems.push(format!("volume {name}: its replicas differ in {unsettled} blocks, and nobody can tell which is right"));
                 }
+            }
+            if let Some(v1::Operation { message: Some(why), to_bytes, .. }) = &volume.operation {
+                problems.push(format!("volume {name}: that it becomes larger ({}) waits: {why}", HumanSize(*to_bytes)));
             }
             if volume.state() == v1::VolumeState::Deleting {
                 let stores: Vec<_> = volume.replicas.iter().map(|replica| replica.store_path.as_str()).collect();
@@ -286,6 +292,7 @@ fn attachment_message(record: &AttachmentRecord, target: Option<&Answer<TargetSt
         delayed_micros: 0,
         requests_delayed_now: 0,
         verification: None,
+        device_size_bytes: None,
     };
     match target {
         Some(Ok(status)) => {
@@ -300,6 +307,7 @@ fn attachment_message(record: &AttachmentRecord, target: Option<&Answer<TargetSt
             message.delayed_micros = status.delays.micros;
             message.requests_delayed_now = status.delays.waiting;
             message.verification = status.verification.as_ref().map(verification);
+            message.device_size_bytes = status.size.map(|size| size.bytes().get());
         }
         Some(Err(why)) => message.problem = Some(format!("carrick-target {why}")),
         None => {}

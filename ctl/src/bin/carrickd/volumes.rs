@@ -8,6 +8,7 @@
 //! anywhere is followed by the same steps again: deleting a replica twice changes nothing.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use carrick_backing_store::size::HumanSize;
@@ -20,6 +21,7 @@ use carrick_replicator::limits::Limits;
 use crate::attach;
 use crate::context::{Context, unix_now};
 use crate::control::{self, CallError};
+use crate::expand;
 use crate::metadata::{Mutation, State, VolumePhase, VolumeRecord};
 use crate::moves;
 use crate::observed::ProcessId;
@@ -199,7 +201,7 @@ pub async fn delete_replica(context: &Context, volume: VolumeId, store: StoreId,
 }
 
 /// What a caller is told when a store didn't do something.
-fn replica_fault(context: &Context, store: StoreId, error: CallError) -> Fault {
+pub fn replica_fault(context: &Context, store: StoreId, error: CallError) -> Fault {
     let state = context.state();
     let place = state.stores.get(&store).map_or(store.to_string(), |record| record.path.display().to_string());
     match error {
@@ -239,6 +241,9 @@ pub async fn delete(context: &Context, name: &str) -> Result<Vec<StoreId>, Fault
         let message = format!("volume {name} is attached to {place}: detach it first (carrick detach {name})");
         return Err(Fault::new(Reason::VolumeAttached, &name, message));
     }
+    if let Some(operation) = state.running(volume.id) {
+        context.apply(Mutation::PutOperation(operation.given_up(unix_now()).into())).await?;
+    }
     let volume = set_phase(context, volume, VolumePhase::Deleting).await?;
     tracing::info!(volume = %name, id = %volume.id, "deleting");
     delete_replicas(context, volume).await
@@ -268,7 +273,7 @@ async fn delete_replicas(context: &Context, mut volume: VolumeRecord) -> Result<
 }
 
 /// Goes on with a volume that an earlier carrickd, or an unreachable store, left unfinished. Returns whether that is over.
-pub async fn resume(context: &Context, id: VolumeId, work: Work) -> bool {
+pub async fn resume(context: &Arc<Context>, id: VolumeId, work: Work) -> bool {
     let Some(name) = context.state().volumes.get(&id).map(|volume| volume.name.clone()) else { return true };
     // Somebody works on it: when he is done, the records are looked at again.
     let Some(_guard) = context.locks.try_lock(&name) else { return true };
@@ -279,6 +284,7 @@ pub async fn resume(context: &Context, id: VolumeId, work: Work) -> bool {
         (Work::Delete, VolumePhase::Deleting) => delete_replicas(context, volume).await.map(|left| left.is_empty()),
         (Work::Attach, VolumePhase::Ready) => attach::resume_attach(context, &volume).await.map(|()| true),
         (Work::Move, VolumePhase::Ready) => moves::go_on(context, volume).await,
+        (Work::Operation, VolumePhase::Ready) => expand::go_on(context, volume).await,
         (Work::Replace(store), VolumePhase::Ready) => moves::replace_lost(context, volume, store).await,
         (Work::Detach, VolumePhase::Ready) => attach::resume_detach(context, &volume).await.map(|()| true),
         _ => Ok(true),

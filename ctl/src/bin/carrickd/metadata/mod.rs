@@ -10,7 +10,9 @@
 //!   A replica that counts stays: only one that no longer does is replaced by another. A salvage alone makes another one count; it is
 //!   remembered, ends the targets of before, and leaves no replica that could be taken for one that agrees.
 //! * M6. Each attachment has a number of its own, which is the volume's from then on: earlier ones change nothing any more.
+//! * M7. At most one operation of a kind runs on a volume; one that has ended stays as it is.
 
+mod operations;
 mod records;
 mod redb_store;
 #[cfg(test)]
@@ -24,6 +26,7 @@ use carrick_backing_store::{StoreId, VolumeId};
 use carrick_ctl::name::VolumeName;
 use carrick_replicator::control::VolumeConfig;
 
+pub use operations::{ENDED_MAX, ExpandStep, KEY_MAX, OperationId, OperationRecord, OperationState, Outcome, Task};
 pub use records::{AttachmentPhase, AttachmentRecord, FORMAT, SALVAGES_MAX, SalvageRecord, StoreRecord, VolumePhase, VolumeRecord};
 pub use redb_store::RedbStore;
 
@@ -36,6 +39,8 @@ pub struct State {
     pub volumes: BTreeMap<VolumeId, VolumeRecord>,
     /// Which of them are to be attached here.
     pub attachments: BTreeMap<VolumeId, AttachmentRecord>,
+    /// Those that run, and the last ones that have ended.
+    pub operations: BTreeMap<OperationId, OperationRecord>,
 }
 
 /// One change, done as a whole or not at all.
@@ -78,6 +83,8 @@ pub enum Mutation {
     PutAttachment(AttachmentRecord),
     /// It is gone.
     RemoveAttachment(VolumeId),
+    /// An operation begins, or goes on.
+    PutOperation(Box<OperationRecord>),
 }
 
 /// Why a change wasn't made, or the records can't be read.
@@ -123,6 +130,9 @@ pub enum MetadataError {
     /// M5.
     #[error("a replica of volume {0} that is to be replaced counts")]
     StillCounts(VolumeName),
+    /// M7.
+    #[error("operation {0} has ended, or another one of its kind runs on its volume")]
+    OperationOver(OperationId),
     /// Another process has the file.
     #[error("{0} is in use by another carrickd")]
     InUse(PathBuf),
@@ -215,7 +225,29 @@ impl State {
             Mutation::RemoveAttachment(id) => {
                 self.attachments.remove(id);
             }
+            Mutation::PutOperation(record) => self.put_operation(record)?,
         }
+        Ok(())
+    }
+
+    /// What runs on a volume.
+    pub fn running(&self, volume: VolumeId) -> Option<&OperationRecord> {
+        self.operations.values().find(|operation| operation.volume == volume && operation.is_running())
+    }
+
+    fn put_operation(&mut self, record: &OperationRecord) -> Result<(), MetadataError> {
+        let is_over = self.operations.get(&record.id).is_some_and(|known| !known.is_running());
+        let another = self.running(record.volume).is_some_and(|other| other.id != record.id);
+        if is_over || another && record.is_running() {
+            return Err(MetadataError::OperationOver(record.id));
+        }
+        let last = self.operations.keys().next_back().copied().unwrap_or(OperationId::NEW);
+        let id = if record.id == OperationId::NEW { last.next() } else { record.id };
+        self.operations.insert(id, OperationRecord { id, ..record.clone() });
+        let mut ended: Vec<_> = self.operations.values().filter(|operation| !operation.is_running()).collect();
+        ended.sort_unstable_by_key(|operation| std::cmp::Reverse((operation.updated_unix, operation.id)));
+        let forgotten: Vec<_> = ended.iter().skip(ENDED_MAX).map(|operation| operation.id).collect();
+        forgotten.iter().for_each(|id| _ = self.operations.remove(id));
         Ok(())
     }
 

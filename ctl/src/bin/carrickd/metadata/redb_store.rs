@@ -17,6 +17,7 @@ type Documents = TableDefinition<'static, &'static str, &'static [u8]>;
 const STORES: Documents = TableDefinition::new("stores");
 const VOLUMES: Documents = TableDefinition::new("volumes");
 const ATTACHMENTS: Documents = TableDefinition::new("attachments");
+const OPERATIONS: Documents = TableDefinition::new("operations");
 
 /// A record with the number of its format.
 #[derive(Serialize, Deserialize)]
@@ -86,13 +87,13 @@ impl Inner {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = State::clone(&self.state());
         state.apply(mutation)?;
-        self.write(mutation, &state).map_err(storage(&self.path))?;
+        self.write(mutation, &self.state(), &state).map_err(storage(&self.path))?;
         let state = Arc::new(state);
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&state);
         Ok(state)
     }
 
-    fn write(&self, mutation: &Mutation, after: &State) -> Result<(), redb::Error> {
+    fn write(&self, mutation: &Mutation, before: &State, after: &State) -> Result<(), redb::Error> {
         let transaction = self.database.begin_write()?;
         {
             let put = |table: Documents, key: String, document: Vec<u8>| -> Result<(), redb::Error> {
@@ -124,6 +125,13 @@ impl Inner {
                     }
                 }
                 Mutation::RemoveAttachment(id) => remove(ATTACHMENTS, id.to_string())?,
+                Mutation::PutOperation(_) => {
+                    for (id, record) in after.operations.iter().filter(|(id, record)| before.operations.get(id) != Some(record)) {
+                        put(OPERATIONS, id.to_string(), encode(record)?)?;
+                    }
+                    let mut forgotten = before.operations.keys().filter(|id| !after.operations.contains_key(id));
+                    forgotten.try_for_each(|id| remove(OPERATIONS, id.to_string()))?;
+                }
             }
         }
         transaction.commit()?;
@@ -153,7 +161,8 @@ fn load(path: &Path, database: &Database) -> Result<State, MetadataError> {
     let volumes = read(path, database, VOLUMES)?.into_iter().map(|record: super::VolumeRecord| (record.id, record)).collect();
     let attachments =
         read(path, database, ATTACHMENTS)?.into_iter().map(|record: super::AttachmentRecord| (record.volume, record)).collect();
-    Ok(State { stores, volumes, attachments })
+    let operations = read(path, database, OPERATIONS)?.into_iter().map(|record: super::OperationRecord| (record.id, record)).collect();
+    Ok(State { stores, volumes, attachments, operations })
 }
 
 fn read<T: DeserializeOwned>(path: &Path, database: &Database, table: Documents) -> Result<Vec<T>, MetadataError> {

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use carrick_backing_store::{ByteLength, Term};
+use carrick_ctl::fault::{Fault, Reason};
 use carrick_replicator::engine::{Attachment, ConfigVersion};
 use carrick_replicator::limits::Limits;
 
@@ -129,6 +130,7 @@ async fn all_rules_hold(metadata: &dyn MetadataStore) {
     // M5
     all_rules_of_configs_hold(metadata).await;
     all_rules_of_replacements_hold(metadata).await;
+    all_rules_of_operations_hold(metadata).await;
     // A name is free again as soon as its volume is being deleted.
     let state = apply(Mutation::InsertVolume(volume(6, "vm1", &[2]).into())).await.unwrap();
     assert_eq!(state.volume_by_name(&doomed.name).unwrap().id, volume(6, "vm1", &[2]).id);
@@ -186,6 +188,34 @@ async fn all_rules_of_configs_hold(metadata: &dyn MetadataStore) {
     swap(VolumeConfig { attachment: Attachment::new(2), ..of(6, &[3], 8) }).await.unwrap();
     metadata.apply(Mutation::RemoveAttachment(VolumeId::from_bytes([9; 16]))).await.unwrap();
     metadata.apply(Mutation::RemoveVolume(VolumeId::from_bytes([9; 16]))).await.unwrap();
+}
+
+async fn all_rules_of_operations_hold(metadata: &dyn MetadataStore) {
+    let put = |record: OperationRecord| metadata.apply(Mutation::PutOperation(record.into()));
+    let running = |number| metadata.state().running(VolumeId::from_bytes([number; 16])).cloned();
+    put(expansion(5, "vm1")).await.unwrap();
+    put(expansion(9, "two")).await.unwrap();
+    let (first, second) = (running(5).unwrap(), running(9).unwrap());
+    assert!(first.id < second.id, "numbers grow");
+    // M7
+    let another = put(expansion(5, "vm1")).await;
+    assert!(matches!(another, Err(MetadataError::OperationOver(_))), "{another:?}");
+    let ended = first.given_up(200);
+    put(ended.clone()).await.unwrap();
+    assert_eq!(running(5), None);
+    for wrong in [first, ended] {
+        let result = put(wrong).await;
+        assert!(matches!(result, Err(MetadataError::OperationOver(_))), "{result:?}");
+    }
+    // The oldest of those that have ended are forgotten; numbers go on, and what runs stays.
+    for _ in 0..=ENDED_MAX {
+        put(expansion(5, "vm1")).await.unwrap();
+        put(running(5).unwrap().given_up(300)).await.unwrap();
+    }
+    let state = metadata.state();
+    assert_eq!((state.operations.len(), state.operations.contains_key(&second.id)), (ENDED_MAX + 1, true));
+    put(second.given_up(400)).await.unwrap();
+    assert_eq!(metadata.state().operations.len(), ENDED_MAX);
 }
 
 async fn all_rules_of_replacements_hold(metadata: &dyn MetadataStore) {
@@ -247,7 +277,12 @@ async fn all_rules_of_replacements_hold(metadata: &dyn MetadataStore) {
 async fn the_rules_hold_in_memory_and_in_redb() {
     all_rules_hold(&MemoryStore::default()).await;
     let folder = tempfile::tempdir().unwrap();
-    all_rules_hold(&RedbStore::open(&folder.path().join("metadata.redb")).unwrap()).await;
+    let path = folder.path().join("metadata.redb");
+    let redb = RedbStore::open(&path).unwrap();
+    all_rules_hold(&redb).await;
+    let state = redb.state();
+    drop(redb);
+    assert_eq!(RedbStore::open(&path).unwrap().state(), state, "what was forgotten is gone from the file, too");
 }
 
 #[tokio::test]
@@ -284,6 +319,44 @@ async fn a_file_of_format_1_opens() {
             redb.apply(mutation).await.unwrap();
         }
     }
+    let folder = tempfile::tempdir().unwrap();
+    let copy = folder.path().join("metadata.redb");
+    std::fs::copy(fixture, &copy).unwrap();
+    assert_eq!(*RedbStore::open(&copy).unwrap().state(), expected);
+}
+
+fn expansion(number: u8, name: &str) -> OperationRecord {
+    let sizes = [1 << 30, 2 << 30].map(|bytes| carrick_backing_store::VolumeSize::new(bytes).unwrap());
+    OperationRecord::expand(VolumeId::from_bytes([number; 16]), name.parse().unwrap(), sizes, Some("key".into()), 1_700_000_010)
+}
+
+/// One operation of each state, as the first version with operations wrote them.
+fn operations() -> Vec<Mutation> {
+    let fault = || Fault::new(Reason::NoSpace, "store", "no room");
+    let of = |number: u64, record: OperationRecord| {
+        let id = (0..number).fold(OperationId::NEW, |id, _| id.next());
+        Mutation::PutOperation(OperationRecord { id, ..record }.into())
+    };
+    vec![
+        of(1, expansion(5, "vm1").after(Outcome::Refused(fault()), 1_700_000_011)),
+        of(2, expansion(5, "vm1").given_up(1_700_000_012)),
+        of(3, (0..3).fold(expansion(5, "vm1"), |record, _| record.after(Outcome::Done(vec!["a note".into()]), 1_700_000_013))),
+        of(4, expansion(5, "vm1").after(Outcome::Waits(fault()), 1_700_000_014)),
+        of(5, expansion(8, "vm2").after(Outcome::Done(Vec::new()), 1_700_000_015)),
+    ]
+}
+
+#[tokio::test]
+async fn operations_of_format_1_open() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/metadata-operations-1.redb");
+    if std::env::var_os("CARRICK_WRITE_FIXTURE").is_some() && !fixture.exists() {
+        let redb = RedbStore::open(&fixture).unwrap();
+        for mutation in operations() {
+            redb.apply(mutation).await.unwrap();
+        }
+    }
+    let mut expected = State::default();
+    operations().iter().for_each(|mutation| expected.apply(mutation).unwrap());
     let folder = tempfile::tempdir().unwrap();
     let copy = folder.path().join("metadata.redb");
     std::fs::copy(fixture, &copy).unwrap();

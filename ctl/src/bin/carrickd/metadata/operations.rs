@@ -1,0 +1,314 @@
+//! Operations: what is remembered of them, and how each outcome of a step leads to the next. No I/O here.
+//!
+//! | Outcome of a step | What follows |
+//! |---|---|
+//! | done | the next step; after the last one it has succeeded |
+//! | waits | the same step again, after a pause that grows |
+//! | refused | it has failed; what it had done so far harms nobody, and another attempt finds it done |
+//!
+//! Every step may be done twice: a crash after it, and before that is written down, does it again.
+
+use carrick_backing_store::{VolumeId, VolumeSize};
+use carrick_ctl::fault::{Fault, Reason};
+use carrick_ctl::name::VolumeName;
+use serde::{Deserialize, Serialize};
+
+/// Operations that have ended and are remembered.
+pub const ENDED_MAX: usize = 256;
+/// Notes of an operation.
+const NOTES_MAX: usize = 16;
+/// Bytes of an idempotency key.
+pub const KEY_MAX: usize = 128;
+
+/// Number of an operation: each gets the next, whatever volume it is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct OperationId(u64);
+
+impl OperationId {
+    /// Of one that gets its number when it is put into the records.
+    pub const NEW: Self = Self(0);
+
+    /// The one after.
+    pub const fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+}
+
+impl std::str::FromStr for OperationId {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse().map(Self)
+    }
+}
+
+impl std::fmt::Display for OperationId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Task {
+    /// A volume becomes larger.
+    Expand {
+        /// Its size when that was asked for first.
+        from: VolumeSize,
+        /// The largest that was asked for since.
+        to: VolumeSize,
+        /// What is done now.
+        step: ExpandStep,
+    },
+}
+
+/// The steps of an expansion, in their order: nothing beyond the old end is written before every replica has room for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExpandStep {
+    /// The replicas that answer are made larger.
+    Replicas,
+    /// The volume's record says so: from here on it can't be taken back.
+    Record,
+    /// The device of an attached volume follows.
+    Device,
+}
+
+/// How far an operation is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OperationState {
+    /// Its next step is to be done.
+    Running,
+    /// All is done.
+    Succeeded,
+    /// A step was refused.
+    Failed(Why),
+    /// Somebody has ended it.
+    Cancelled,
+}
+
+/// A reason that survives: as in [`Fault`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Why {
+    /// As on the wire.
+    pub reason: String,
+    /// In words.
+    pub message: String,
+}
+
+impl From<&Fault> for Why {
+    fn from(fault: &Fault) -> Self {
+        Self { reason: fault.reason.as_str().to_owned(), message: fault.message.clone() }
+    }
+}
+
+/// What a running operation waits for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wait {
+    /// Why.
+    pub why: Why,
+    /// Since when, in seconds since 1970.
+    pub since_unix: u64,
+    /// How often the step was tried in vain.
+    pub attempts: u32,
+}
+
+/// An operation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OperationRecord {
+    /// Which.
+    pub id: OperationId,
+    /// Of which volume.
+    pub volume: VolumeId,
+    /// What that was called.
+    pub name: VolumeName,
+    /// What is to be done.
+    pub task: Task,
+    /// How far it is.
+    pub state: OperationState,
+    /// Why its present step isn't done yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wait: Option<Wait>,
+    /// The caller's name for the request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// What is worth knowing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+    /// When it was asked for, in seconds since 1970.
+    pub created_unix: u64,
+    /// When it changed last.
+    pub updated_unix: u64,
+}
+
+/// What came of a step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is done; what is worth knowing of that.
+    Done(Vec<String>),
+    /// It can't be done yet.
+    Waits(Fault),
+    /// It can't be done.
+    Refused(Fault),
+}
+
+impl OperationRecord {
+    /// An expansion that begins.
+    pub fn expand(volume: VolumeId, name: VolumeName, [from, to]: [VolumeSize; 2], key: Option<String>, now_unix: u64) -> Self {
+        Self {
+            id: OperationId::NEW,
+            volume,
+            name,
+            task: Task::Expand { from, to, step: ExpandStep::Replicas },
+            state: OperationState::Running,
+            wait: None,
+            key,
+            notes: Vec::new(),
+            created_unix: now_unix,
+            updated_unix: now_unix,
+        }
+    }
+
+    /// Whether there is still something to be done.
+    pub fn is_running(&self) -> bool {
+        self.state == OperationState::Running
+    }
+
+    /// What it is after an outcome of its present step.
+    pub fn after(&self, outcome: Outcome, now_unix: u64) -> Self {
+        let mut next = Self { updated_unix: now_unix, wait: None, ..self.clone() };
+        match outcome {
+            Outcome::Done(notes) => {
+                let Task::Expand { step, .. } = &mut next.task;
+                match step {
+                    ExpandStep::Replicas => *step = ExpandStep::Record,
+                    ExpandStep::Record => *step = ExpandStep::Device,
+                    ExpandStep::Device => next.state = OperationState::Succeeded,
+                }
+                for note in notes {
+                    if !next.notes.contains(&note) && next.notes.len() < NOTES_MAX {
+                        next.notes.push(note);
+                    }
+                }
+            }
+            Outcome::Waits(fault) => {
+                let before = self.wait.as_ref();
+                let since_unix = before.map_or(now_unix, |wait| wait.since_unix);
+                let attempts = before.map_or(0, |wait| wait.attempts).saturating_add(1);
+                next.wait = Some(Wait { why: Why::from(&fault), since_unix, attempts });
+            }
+            Outcome::Refused(fault) => next.state = OperationState::Failed(Why::from(&fault)),
+        }
+        next
+    }
+
+    /// The same, if somebody asks for a larger size meanwhile. `None`: it is as large as that already.
+    pub fn folded(&self, larger: VolumeSize, now_unix: u64) -> Option<Self> {
+        let Task::Expand { from, to, .. } = self.task;
+        let task = Task::Expand { from, to: larger, step: ExpandStep::Replicas };
+        (larger > to).then(|| Self { task, wait: None, updated_unix: now_unix, ..self.clone() })
+    }
+
+    /// The same, because its volume is being deleted.
+    pub fn given_up(&self, now_unix: u64) -> Self {
+        Self { state: OperationState::Cancelled, wait: None, updated_unix: now_unix, ..self.clone() }
+    }
+
+    /// The same, ended by somebody while the volume has this size.
+    ///
+    /// # Errors
+    /// Why that can't be any more.
+    pub fn cancelled(&self, size: VolumeSize, now_unix: u64) -> Result<Self, Fault> {
+        let Task::Expand { to, .. } = self.task;
+        if !self.is_running() {
+            return Err(Fault::new(Reason::OperationEnded, self.id, format!("operation {} has ended already", self.id)));
+        }
+        if size >= to {
+            let message = format!(
+                "volume {} has {} bytes already, and a volume never shrinks: only its device is still to follow",
+                self.name,
+                to.bytes()
+            );
+            return Err(Fault::new(Reason::OperationPastCancelling, self.id, message));
+        }
+        Ok(self.given_up(now_unix))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size(blocks: u64) -> VolumeSize {
+        VolumeSize::new(blocks * 4096).unwrap()
+    }
+
+    fn begun() -> OperationRecord {
+        OperationRecord::expand(VolumeId::from_bytes([7; 16]), "vm1".parse().unwrap(), [size(1), size(2)], None, 100)
+    }
+
+    fn step(record: &OperationRecord) -> ExpandStep {
+        let Task::Expand { step, .. } = record.task;
+        step
+    }
+
+    fn done() -> Outcome {
+        Outcome::Done(Vec::new())
+    }
+
+    fn full() -> Fault {
+        Fault::new(Reason::NoSpace, "store", "no room")
+    }
+
+    #[test]
+    fn steps_follow_each_other_to_the_end() {
+        let mut record = begun();
+        let mut steps = Vec::new();
+        while record.is_running() {
+            steps.push(step(&record));
+            record = record.after(done(), 101);
+        }
+        assert_eq!(steps, [ExpandStep::Replicas, ExpandStep::Record, ExpandStep::Device]);
+        assert_eq!(record.state, OperationState::Succeeded);
+    }
+
+    #[test]
+    fn a_wait_keeps_its_beginning_and_counts() {
+        let waiting = begun().after(Outcome::Waits(full()), 110).after(Outcome::Waits(full()), 120);
+        let wait = waiting.wait.clone().unwrap();
+        assert_eq!((wait.since_unix, wait.attempts, wait.why.reason.as_str()), (110, 2, "NO_SPACE"));
+        assert_eq!((step(&waiting), waiting.is_running()), (ExpandStep::Replicas, true));
+        assert_eq!(waiting.after(done(), 130).wait, None);
+    }
+
+    #[test]
+    fn a_refusal_ends_it_and_says_why() {
+        let failed = begun().after(Outcome::Refused(full()), 110);
+        assert_eq!(failed.state, OperationState::Failed(Why { reason: "NO_SPACE".into(), message: "no room".into() }));
+        assert_eq!(failed.cancelled(size(1), 120).unwrap_err().reason, Reason::OperationEnded);
+    }
+
+    #[test]
+    fn a_larger_size_begins_anew_and_a_smaller_one_changes_nothing() {
+        let at_device = begun().after(done(), 110).after(done(), 120);
+        assert_eq!(at_device.folded(size(2), 130), None);
+        let folded = at_device.folded(size(3), 130).unwrap();
+        assert_eq!((folded.id, step(&folded)), (at_device.id, ExpandStep::Replicas));
+        assert_eq!(folded.task, Task::Expand { from: size(1), to: size(3), step: ExpandStep::Replicas });
+    }
+
+    #[test]
+    fn it_can_be_cancelled_until_the_record_says_the_new_size() {
+        let record = begun().after(done(), 110);
+        assert_eq!(record.cancelled(size(1), 120).unwrap().state, OperationState::Cancelled);
+        let fault = record.cancelled(size(2), 120).unwrap_err();
+        assert_eq!(fault.reason, Reason::OperationPastCancelling);
+        assert!(fault.message.contains("8192 bytes"), "{}", fault.message);
+    }
+}
