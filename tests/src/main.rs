@@ -1,10 +1,12 @@
 //! Runs the acceptance list of a topic on this machine's kernel, which must have ublk: `tests/acceptance TOPIC` boots one where
 //! the host has none. Prints a line per item: what was done, the figure, the bound, pass or fail.
 
+mod control;
 mod disk;
 mod fio;
 mod first_volume;
 mod history;
+mod mount;
 mod peer;
 mod probe;
 mod replicas;
@@ -36,6 +38,8 @@ struct Arguments {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Topic {
+    /// Operations that finish, growth that never sticks, restarts that nobody notices.
+    Control,
     /// A replicated volume on a real kernel, end to end.
     FirstVolume,
     /// Replicas that come back by themselves, with no more work than they missed.
@@ -52,6 +56,7 @@ fn main() -> ExitCode {
     println!("seed {seed}");
     let plan = report::Plan { quick: arguments.quick, seed };
     let items = match arguments.topic {
+        Topic::Control => control::items(),
         Topic::FirstVolume => first_volume::items(),
         Topic::Replication => replication::items(),
         Topic::Store => store::items(),

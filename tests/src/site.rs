@@ -119,6 +119,16 @@ impl Site {
         Ok(())
     }
 
+    /// Waits until `carrickd` has died by its own hand.
+    pub fn wait_daemon_dead(&mut self) -> anyhow::Result<()> {
+        let mut daemon = self.daemon.take().context("there is no carrickd")?;
+        let ended = wait_for("carrickd to die", SOON, || Ok(daemon.try_wait()?));
+        if ended.is_err() {
+            self.daemon = Some(daemon);
+        }
+        ended.map(drop)
+    }
+
     /// Runs `carrick --json`; what it prints, or why it refused.
     pub fn try_carrick(&self, arguments: &[&str]) -> anyhow::Result<Result<Value, Refusal>> {
         let run = self.path("run");

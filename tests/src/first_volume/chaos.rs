@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -14,6 +13,7 @@ use super::Plan;
 use crate::disk::Disk;
 use crate::fio::Fio;
 use crate::history::History;
+use crate::mount::Mount;
 use crate::replicas::identical;
 use crate::report::Found;
 use crate::site::{Site, path_text, run, signal};
@@ -199,20 +199,4 @@ pub fn file_system(_: &Plan) -> Found {
     drop(mounted);
     site.detach(VOLUME)?;
     Ok(format!("{} copies of a tree are the same after 1 kill of a replica, 2 of the target and 1 of carrickd; e2fsck clean", copies.len()))
-}
-
-/// A mounted file system, unmounted when dropped.
-struct Mount(PathBuf);
-
-impl Mount {
-    fn new(device: &Path, folder: PathBuf) -> anyhow::Result<Self> {
-        run("mount", &[path_text(device)?, path_text(&folder)?])?;
-        Ok(Self(folder))
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
-    }
 }

@@ -1,0 +1,22 @@
+//! A mounted file system, unmounted when dropped.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::site::{path_text, run};
+
+/// See the module.
+pub struct Mount(PathBuf);
+
+impl Mount {
+    pub fn new(device: &Path, folder: PathBuf) -> anyhow::Result<Self> {
+        run("mount", &[path_text(device)?, path_text(&folder)?])?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
