@@ -38,7 +38,10 @@ fn wait_ended(node: &Node) -> Value {
 #[test]
 fn a_volume_grows_and_never_shrinks() {
     let node = Node::new(3);
+    node.carrick(&["explain", "vm1"]).fails(3, "VOLUME_NOT_FOUND");
     node.carrick(&["volume", "create", "vm1", "--size", "1G"]).ok();
+    let answer = node.carrick(&["explain", "vm1"]).ok();
+    assert_eq!((&answer["findings"], &answer["serves"]), (&serde_json::json!([]), &false.into()), "{answer}");
     let answer = node.carrick(&["volume", "expand", "vm1", "2G", "--dry-run"]).ok();
     assert_eq!((answer["device"].as_str(), answer["operation"].is_null()), (Some("not-attached"), true), "{answer}");
     assert_eq!((size(&node, "vm1"), operations(&node).len()), (GIB, 0));
@@ -77,6 +80,7 @@ fn where_the_kernel_cannot_the_device_has_the_new_size_at_the_next_attachment() 
     let answer = node.carrick(&["volume", "expand", "rigid", "2G", "--wait"]).ok();
     assert!(answer["operation"]["notes"][0].as_str().unwrap().contains("detached and attached again"), "{answer}");
     assert_eq!((size(&node, "rigid"), device_size(&node, "rigid")), (2 * GIB, Some(GIB)));
+    assert_eq!(node.carrick(&["explain", "rigid"]).ok()["findings"][0]["reason"], "DEVICE_SMALLER");
     node.carrick(&["detach", "rigid"]).ok();
     node.carrick(&["attach", "rigid"]).ok();
     assert_eq!(device_size(&node, "rigid"), Some(2 * GIB));
@@ -167,6 +171,9 @@ fn an_operation_that_waits_says_why_and_can_be_cancelled() {
     assert_eq!((waiting["state"].as_str(), waiting["reason"].as_str()), (Some("running"), Some("STORE_UNREACHABLE")), "{waiting}");
     let problems = node.carrick(&["status"]).ok()["problems"].to_string();
     assert!(problems.contains("becomes larger (2 GiB) waits: 1 of the 3 replicas"), "{problems}");
+    let found = node.carrick(&["explain", "vm1"]).ok()["findings"].as_array().unwrap().clone();
+    let reasons: Vec<_> = found.iter().map(|finding| finding["reason"].as_str().unwrap()).collect();
+    assert_eq!(reasons, ["STORE_UNREACHABLE", "REPLICA_AWAY", "REPLICA_AWAY"], "{found:?}");
     let id = waiting["id"].as_str().unwrap();
     assert_eq!(node.carrick(&["operation", "cancel", id]).ok()["state"], "cancelled");
     away.iter().for_each(|pid| signal(*pid, Signal::CONT));

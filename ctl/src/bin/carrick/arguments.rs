@@ -69,6 +69,11 @@ pub enum Command {
     Attach(Attach),
     /// Take a volume's block device away
     Detach(Detach),
+    /// Say what a volume waits for, since when and why, what happens next, and what to do
+    Explain {
+        /// The volume's name
+        name: String,
+    },
     /// Show how this node does
     Status,
     /// End everything on this node, carrickd included (to end carrickd alone, send it SIGTERM)

@@ -57,6 +57,10 @@ pub async fn run(arguments: Arguments) -> Result<(), Problem> {
         Command::Operation(command) => operation(&client.await?, &output, command).await,
         Command::Attach(arguments) => attach(&client.await?, &output, arguments).await,
         Command::Detach(arguments) => detach(&client.await?, &output, arguments).await,
+        Command::Explain { name } => {
+            let answer = client.await?.volumes().explain_volume(question(v1::ExplainVolumeRequest { name })).await?.into_inner();
+            output.show(&answer, words::explanation)
+        }
         Command::Status => {
             let status = client.await?.node().get_status(question(v1::GetStatusRequest {})).await?.into_inner();
             output.show(&status, words::status)

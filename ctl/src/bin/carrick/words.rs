@@ -13,7 +13,7 @@ use carrick_ctl::v1::{
 
 use crate::table::Table;
 
-pub use operations::{expansion, operation, operation_line, operations};
+pub use operations::{expansion, explanation, operation, operation_line, operations};
 
 /// What a cell without content shows.
 const NONE: &str = "-";

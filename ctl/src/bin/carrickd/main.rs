@@ -5,6 +5,7 @@ mod attach;
 mod context;
 mod control;
 mod expand;
+mod explain;
 mod launch;
 mod locks;
 mod metadata;

@@ -23,7 +23,7 @@ use crate::settings::Changes;
 use crate::stores::NewStore;
 use crate::view::View;
 use crate::volumes::{NewVolume, not_found, parse_name};
-use crate::{attach, expand, moves, operations, salvage, settings, shutdown, stores, survey, verify, volumes};
+use crate::{attach, expand, explain, moves, operations, salvage, settings, shutdown, stores, survey, verify, volumes};
 
 /// All services. Cheap to clone.
 #[derive(Clone)]
@@ -126,6 +126,21 @@ impl VolumeService for Services {
         let state = self.context.state();
         let id = state.volume_by_name(&name).ok_or_else(|| not_found(&name))?.id;
         Ok(Response::new(v1::GetVolumeResponse { volume: Some(self.look_at_volume(&state, id).await?) }))
+    }
+
+    async fn explain_volume(&self, request: Request<v1::ExplainVolumeRequest>) -> Result<Response<v1::ExplainVolumeResponse>, Status> {
+        let v1::ExplainVolumeRequest { name } = request.into_inner();
+        let name = parse_name(&name)?;
+        let replace_after = self.context.replace_after;
+        let explained = self
+            .look(|view| {
+                // One that is being deleted has no name any more, but is still asked after.
+                let named = || view.state.volumes.values().find(|volume| volume.name == name);
+                let record = view.state.volume_by_name(&name).or_else(named).ok_or_else(|| not_found(&name))?;
+                Ok::<_, Fault>(explain::explain(view, record, replace_after))
+            })
+            .await?;
+        Ok(Response::new(explained))
     }
 
     async fn expand_volume(&self, request: Request<v1::ExpandVolumeRequest>) -> Result<Response<v1::ExpandVolumeResponse>, Status> {

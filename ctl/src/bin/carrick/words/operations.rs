@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use carrick_backing_store::size::HumanSize;
-use carrick_ctl::v1::{DeviceGrowth, ExpandVolumeResponse, Operation, OperationState};
+use carrick_ctl::v1::{DeviceGrowth, ExpandVolumeResponse, ExplainVolumeResponse, Finding, Operation, OperationState};
 
 use super::{NONE, ago};
 use crate::table::Table;
@@ -26,6 +26,20 @@ pub fn expansion(answer: &ExpandVolumeResponse) -> String {
     };
     if !answer.away_stores.is_empty() {
         let _ = writeln!(text, "these stores don't answer, and their replicas grow when they are back: {}", answer.away_stores.join(", "));
+    }
+    text
+}
+
+/// What is not as it should be with a volume.
+pub fn explanation(answer: &ExplainVolumeResponse) -> String {
+    let serves = if answer.serves { "its device answers" } else { "no device answers for it now" };
+    let mut text = format!("volume {}: {serves}\n", answer.volume);
+    if answer.findings.is_empty() {
+        text.push_str("all is well\n");
+    }
+    for Finding { reason, message, since_unix, next, advice } in &answer.findings {
+        let since = since_unix.map_or(String::new(), |unix| format!(" (since {} ago)", ago(unix)));
+        let _ = writeln!(text, "\n{reason}{since}\n  {message}\n  next: {next}\n  to do: {advice}");
     }
     text
 }
