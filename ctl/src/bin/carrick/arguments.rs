@@ -76,6 +76,8 @@ pub enum Command {
     },
     /// Show how this node does
     Status,
+    /// Check whether this machine can do what Carrick needs, and whether flushes reach its disks; run it as root
+    Doctor,
     /// End everything on this node, carrickd included (to end carrickd alone, send it SIGTERM)
     Shutdown(Shutdown),
     /// Measure replication on this machine, with replicas of its own; needs neither carrickd nor ublk

@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::arguments::{Arguments, Attach, Command, Detach, OperationCommand, Shutdown, StoreCommand, VolumeCommand};
 use crate::bench;
 use crate::client::{Client, change, question};
+use crate::doctor;
 use crate::report::Problem;
 use crate::settings;
 use crate::words;
@@ -61,6 +62,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Problem> {
             let answer = client.await?.volumes().explain_volume(question(v1::ExplainVolumeRequest { name })).await?.into_inner();
             output.show(&answer, words::explanation)
         }
+        Command::Doctor => doctor(client.await, &output).await,
         Command::Status => {
             let status = client.await?.node().get_status(question(v1::GetStatusRequest {})).await?.into_inner();
             output.show(&status, words::status)
@@ -68,6 +70,21 @@ pub async fn run(arguments: Arguments) -> Result<(), Problem> {
         Command::Shutdown(arguments) => shutdown(&client.await?, &output, &arguments).await,
         Command::Bench(arguments) => output.show(&bench::bench(&arguments)?, bench::words),
     }
+}
+
+/// Works without carrickd, too, as far as that goes.
+async fn doctor(client: Result<Client, Problem>, output: &Output) -> Result<(), Problem> {
+    let status = match client {
+        Ok(client) => client.node().get_status(question(v1::GetStatusRequest {})).await.map_err(Problem::from),
+        Err(problem) => Err(problem),
+    };
+    let checks = doctor::examine(&status.map(tonic::Response::into_inner).map_err(|problem| problem.message().to_owned()));
+    output.show(&checks, |checks| doctor::words(checks))?;
+    let failed = checks.iter().filter(|check| check.verdict == doctor::Verdict::Fail).count();
+    if failed == 0 {
+        return Ok(());
+    }
+    Err(Fault::new(Reason::Unsupported, "doctor", format!("{failed} of {} checks failed", checks.len())).into())
 }
 
 async fn store(client: &Client, output: &Output, command: StoreCommand) -> Result<(), Problem> {

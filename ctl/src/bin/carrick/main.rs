@@ -5,6 +5,7 @@ mod arguments;
 mod bench;
 mod client;
 mod commands;
+mod doctor;
 mod report;
 mod settings;
 mod table;

@@ -36,6 +36,11 @@ impl Problem {
         Fault::new(Reason::DaemonUnreachable, socket.display(), message).into()
     }
 
+    /// What happened, in words.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     /// Tells it; returns the exit code.
     pub fn report(&self, json: bool) -> process::ExitCode {
         let code = self.code as u8;
