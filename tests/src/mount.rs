@@ -10,7 +10,12 @@ pub struct Mount(PathBuf);
 
 impl Mount {
     pub fn new(device: &Path, folder: PathBuf) -> anyhow::Result<Self> {
-        run("mount", &[path_text(device)?, path_text(&folder)?])?;
+        Self::with(&[], device, folder)
+    }
+
+    /// The same, with options of mount(8).
+    pub fn with(options: &[&str], device: &Path, folder: PathBuf) -> anyhow::Result<Self> {
+        run("mount", &[options, &[path_text(device)?, path_text(&folder)?]].concat())?;
         Ok(Self(folder))
     }
 }

@@ -159,7 +159,7 @@ pub enum StoreError {
         /// The unknown bits.
         features: u64,
     },
-    /// The caller broke the contract of [`ReplicaStore::submit`]; nothing was changed.
+    /// The caller broke the contract of [`ReplicaStore::submit`](crate::ReplicaStore::submit); nothing was changed.
     #[error("an operation on volume {volume} was refused: {reason}")]
     Misuse {
         /// Whose.

@@ -1,5 +1,6 @@
 //! What control must hold: operations that finish, growth that never sticks, restarts that nobody notices.
 
+mod doctor;
 mod expand;
 mod node;
 
@@ -42,6 +43,11 @@ pub fn items() -> Vec<Item> {
             name: "expand-full",
             promise: "a store without room: refused with the sizes, the volume goes on at its old size, and grows when there is room",
             run: expand::no_room,
+        },
+        Item {
+            name: "doctor",
+            promise: "carrick doctor counts the flushes that reach a store's disk, passes a good one, and fails one that sends none",
+            run: doctor::machine,
         },
         Item {
             name: "fifty",
