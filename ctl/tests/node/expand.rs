@@ -72,6 +72,21 @@ fn a_volume_grows_and_never_shrinks() {
 }
 
 #[test]
+fn a_request_that_is_made_again_under_its_name_finds_its_operation() {
+    let node = Node::new(1);
+    node.carrick(&["volume", "create", "vm1", "--size", "1G", "--replicas", "1"]).ok();
+    let first = node.carrick(&["volume", "expand", "vm1", "2G", "--wait", "--key", "a"]).ok();
+    node.carrick(&["volume", "expand", "vm1", "3G", "--wait"]).ok();
+    // By now that would be too small.
+    let again = node.carrick(&["volume", "expand", "vm1", "2G", "--key", "a"]).ok();
+    assert_eq!(again["operation"], first["operation"]);
+    let message = node.carrick(&["volume", "expand", "vm1", "5G", "--key", "a"]).fails(2, "INVALID_FIELD");
+    assert!(message.contains("another request had this key"), "{message}");
+    node.carrick(&["volume", "expand", "vm1", "5G", "--key", &"k".repeat(129)]).fails(2, "INVALID_FIELD");
+    assert_eq!((size(&node, "vm1"), operations(&node).len()), (3 * GIB, 2));
+}
+
+#[test]
 fn where_the_kernel_cannot_the_device_has_the_new_size_at_the_next_attachment() {
     let node = Node::new(1);
     node.carrick(&["volume", "create", "rigid", "--size", "1G", "--replicas", "1"]).ok();

@@ -180,6 +180,9 @@ pub enum VolumeCommand {
         /// Return when it is done, and show how it goes on
         #[arg(long)]
         wait: bool,
+        /// A name for this request: made again under the same one, it finds the operation that it made before
+        #[arg(long, value_name = "NAME")]
+        key: Option<String>,
     },
     /// Change how a volume is run, at any time
     Set {

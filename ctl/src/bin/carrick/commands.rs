@@ -132,8 +132,8 @@ async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Res
             let answer = volumes.get_volume(question(v1::GetVolumeRequest { name })).await?.into_inner();
             output.show(&answer.volume.unwrap_or_default(), words::volume)
         }
-        VolumeCommand::Expand { name, size, dry_run, wait } => {
-            let request = v1::ExpandVolumeRequest { name, size_bytes: size, dry_run, idempotency_key: None };
+        VolumeCommand::Expand { name, size, dry_run, wait, key } => {
+            let request = v1::ExpandVolumeRequest { name, size_bytes: size, dry_run, idempotency_key: key };
             let answer = volumes.expand_volume(change(request)).await?.into_inner();
             match &answer.operation {
                 Some(operation) if wait => {
