@@ -11,7 +11,7 @@ use carrick_backing_store::dice::Dice;
 use rustix::process::Signal;
 
 use super::flakey::Flakey;
-use super::nodes::{Nodes, STORE_BYTES};
+use super::nodes::{Nodes, STORE_BYTES, VOLUME_SIZE};
 use super::partition::{COPY_LIMIT, Loaded, STALL_MAX};
 use crate::fio::Fio;
 use crate::report::{Found, Plan};
@@ -22,6 +22,8 @@ use crate::store::program::check;
 
 /// A file system somewhat larger than a store.
 const SMALL: &str = "640m";
+/// A volume that needs more than what a store has taken from its file system before anything is written.
+const LARGER: &str = "192M";
 /// A replica that finds no room is left behind within this.
 const MISSED_MAX: Duration = Duration::from_secs(30);
 
@@ -30,7 +32,7 @@ pub fn power_cuts(plan: &Plan) -> Found {
     let data = Loop::new(&folder.path().join("disk"), STORE_BYTES)?;
     let disk = Flakey::new(data.path(), STORE_BYTES)?;
     // Dropped first.
-    let mut loaded = Loaded::on(plan, Nodes::with_first_store(Some(disk.path()))?)?;
+    let mut loaded = Loaded::on(plan, Nodes::with_first_store(Some(disk.path()), VOLUME_SIZE)?)?;
     let mut dice = Dice::new(plan.seed);
     let cuts = if plan.quick { 2 } else { 5 };
     let mut dropped = 0;
@@ -85,10 +87,10 @@ pub fn full(plan: &Plan) -> Found {
     let _small = SmallDisk::mount(folder.path(), SMALL)?;
     let store = folder.path().join("store");
     // Dropped first.
-    let nodes = Nodes::with_first_store(Some(&store))?;
+    let nodes = Nodes::with_first_store(Some(&store), LARGER)?;
     let other = folder.path().join("other");
     fill(&other)?;
-    let mut fio = Fio::start(&nodes.device, &["--rw=write", "--bs=256k", "--iodepth=8", "--size=96M", "--verify=crc32c", "--loops=2"])?;
+    let mut fio = Fio::start(&nodes.device, &["--rw=write", "--bs=256k", "--iodepth=8", "--size=160M", "--verify=crc32c"])?;
     let missed = nodes.wait_missed(0, MISSED_MAX);
     let running = fio.is_running()?;
     fio.finish().context("writing with a full disk under one replica").with_context(|| nodes.site.log_tail())?;

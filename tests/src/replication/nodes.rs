@@ -17,9 +17,9 @@ use crate::site::{Site, path_text, programs, wait_for};
 
 pub const REPLICAS: usize = 3;
 pub const VOLUME: &str = "vm1";
-/// Of each store, and of the volume.
+/// Of each store, and of the volume if nobody says more.
 pub const STORE_BYTES: u64 = 512 << 20;
-const VOLUME_SIZE: &str = "96M";
+pub const VOLUME_SIZE: &str = "96M";
 
 /// The nodes and their volume.
 pub struct Nodes {
@@ -35,15 +35,15 @@ pub struct Nodes {
 impl Nodes {
     /// A volume with a replica on each node, attached.
     pub fn new() -> anyhow::Result<Self> {
-        Self::with_first_store(None)
+        Self::with_first_store(None, VOLUME_SIZE)
     }
 
-    /// The same, with the store of node 0 in this place.
-    pub fn with_first_store(first: Option<&Path>) -> anyhow::Result<Self> {
+    /// The same, of this size, with the store of node 0 in this place.
+    pub fn with_first_store(first: Option<&Path>, size: &str) -> anyhow::Result<Self> {
         let network = Network::new(REPLICAS)?;
         let scripts = tempfile::Builder::new().prefix("carrick-nodes-").tempdir()?;
         write_scripts(scripts.path(), &network)?;
-        let size = STORE_BYTES.to_string();
+        let store_size = STORE_BYTES.to_string();
         let site = Site::start_with(scripts.path().to_owned())?;
         let mut stores = Vec::new();
         for node in 0..REPLICAS {
@@ -55,11 +55,11 @@ impl Nodes {
                 fs::create_dir_all(&path)?;
             }
             let (path, address) = (path_text(&path)?, network.listen_address(node));
-            site.carrick(&["store", "add", path, "--size", &size, "--listen", &address, "--insecure"])?;
+            site.carrick(&["store", "add", path, "--size", &store_size, "--listen", &address, "--insecure"])?;
             stores.push(site.store_at(path)?);
         }
         write_addresses(scripts.path(), &network, &stores)?;
-        site.carrick(&["volume", "create", VOLUME, "--size", VOLUME_SIZE])?;
+        site.carrick(&["volume", "create", VOLUME, "--size", size])?;
         let device = site.attach(VOLUME, &[])?;
         Ok(Self { site, network, device, stores, _scripts: scripts })
     }
