@@ -408,8 +408,6 @@ impl Allocator {
         runs
     }
 
-    // Opening.
-
     fn hold_chunk(&mut self, chunk: usize) {
         let (word, _) = word_bit(chunk as u64 * CHUNK_BLOCKS);
         let group = &mut self.groups[chunk / usize::try_from(CHUNKS_IN_GROUP).unwrap_or(usize::MAX)];
@@ -419,6 +417,8 @@ impl Allocator {
         self.free -= CHUNK_BLOCKS;
         self.free_in_chunk[chunk] = 0;
     }
+
+    // Opening.
 
     /// Sets the directory as the catalog tells.
     pub(super) fn set_directory(&mut self, directory: &[BitsPointer]) -> Result<(), FormatError> {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use carrick_backing_store::VolumeId;
@@ -146,18 +146,20 @@ impl Node {
 
     /// Waits until the daemon has died by its own hand.
     pub fn wait_crash(&mut self) {
-        let pid = self.daemon_pid();
-        self.wait_for("carrickd's death", |_| (!alive(pid)).then_some(()));
-        let status = self.daemon.take().unwrap().wait().unwrap();
+        let status = self.wait_end();
         assert!(!status.success(), "{status}");
     }
 
     /// Waits until it has ended well.
     pub fn wait_daemon(&mut self) {
+        let status = self.wait_end();
+        assert!(status.success(), "{status}");
+    }
+
+    fn wait_end(&mut self) -> ExitStatus {
         let pid = self.daemon_pid();
         self.wait_for("carrickd's end", |_| (!alive(pid)).then_some(()));
-        let status = self.daemon.take().unwrap().wait().unwrap();
-        assert!(status.success(), "{status}");
+        self.daemon.take().unwrap().wait().unwrap()
     }
 
     fn carrick_command(&self, arguments: &[&str]) -> Command {

@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::disk::Disk;
-use crate::first_volume::chaos::verifying_load;
+use crate::first_volume::chaos::{COPY_LIMIT, verifying_load};
 use crate::mount::Mount;
 use crate::replicas::identical;
 use crate::report::{Found, Plan};
@@ -21,7 +21,6 @@ const MIB: u64 = 1 << 20;
 const BLOCK: u64 = 4096;
 /// Bound of the promise: from a kill to the end of the operation.
 const DONE_MAX: Duration = Duration::from_secs(10);
-const COPY_LIMIT: Duration = Duration::from_secs(180);
 const CLIENTS: u64 = 20;
 const REQUESTS: u64 = 5;
 
@@ -117,6 +116,11 @@ pub fn in_a_row(_: &Plan) -> Found {
     Ok(format!("11 expansions, the slowest took {} ms; {how}; {bytes} bytes the same on all replicas", longest.as_millis()))
 }
 
+/// The size in MiB of a client's request.
+fn asked_for(client: u64, request: u64) -> u64 {
+    20 + (client * 37 + request * 53) % 90
+}
+
 pub fn at_once(_: &Plan) -> Found {
     let grown = Grown::new(16, &[])?;
     let begin = Instant::now();
@@ -127,7 +131,7 @@ pub fn at_once(_: &Plan) -> Found {
                 scope.spawn(move || {
                     let mut refused = 0;
                     for request in 0..REQUESTS {
-                        let mib = 20 + (client * 37 + request * 53) % 90;
+                        let mib = asked_for(client, request);
                         match grown.site.try_carrick(&["volume", "expand", VOLUME, &format!("{mib}M"), "--wait"])? {
                             Ok(_) => {}
                             Err(refusal) => {
@@ -143,7 +147,7 @@ pub fn at_once(_: &Plan) -> Found {
         clients.into_iter().map(|client| client.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a client panicked")))).collect()
     });
     let refused: u64 = refused.into_iter().sum::<anyhow::Result<u64>>()?;
-    let largest = (0..CLIENTS).flat_map(|client| (0..REQUESTS).map(move |request| 20 + (client * 37 + request * 53) % 90)).max();
+    let largest = (0..CLIENTS).flat_map(|client| (0..REQUESTS).map(move |request| asked_for(client, request))).max();
     let largest = largest.context("no request")?;
     let operations = grown.operations()?;
     let stuck = operations.iter().filter(|operation| operation["state"] != "succeeded").count();

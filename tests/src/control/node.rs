@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use rustix::process::Signal;
 
 use crate::disk::Disk;
-use crate::first_volume::chaos::verifying_load;
+use crate::first_volume::chaos::{COPY_LIMIT, verifying_load};
 use crate::replicas::identical;
 use crate::report::{Found, Plan};
 use crate::site::{SOON, Site, signal, wait_for};
@@ -20,7 +20,6 @@ const ATTACHED_MAX: Duration = Duration::from_secs(60);
 const ADOPTED_MAX: Duration = Duration::from_secs(5);
 /// A request that takes longer was noticed by somebody.
 const STALL_MAX: Duration = Duration::from_secs(1);
-const COPY_LIMIT: Duration = Duration::from_secs(180);
 
 pub fn fifty_volumes(_: &Plan) -> Found {
     let mut site = Site::with_sized_stores(3, "1G")?;

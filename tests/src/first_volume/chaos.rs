@@ -22,7 +22,7 @@ const VOLUME: &str = "vm1";
 /// Bound of the promise.
 const STALL_MAX: Duration = Duration::from_secs(3);
 /// How long a whole copy of the small volume may take on a slow machine.
-const COPY_LIMIT: Duration = Duration::from_secs(180);
+pub const COPY_LIMIT: Duration = Duration::from_secs(180);
 
 pub fn sectors_512(plan: &Plan) -> Found {
     chaos(plan, "512")

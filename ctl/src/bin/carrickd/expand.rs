@@ -5,6 +5,7 @@
 //! doesn't take it. If a store has no room, the operation has failed, and the volume goes on as it was: that other replicas are
 //! larger than the volume harms nobody.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -82,7 +83,7 @@ pub async fn expand(context: &Context, request: Request) -> Result<Answered, Fau
         return same_request(operation, volume, to, device);
     }
     let found = look(context, &state, volume, to).await?;
-    let away = found.away.iter().map(|store| found.place(&state, *store)).collect();
+    let away = found.away.iter().map(|store| state.place(*store)).collect();
     let mut answered = Answered { operation: None, sizes, device, away };
     if to == volume.size || request.dry_run {
         return Ok(answered);
@@ -121,14 +122,8 @@ async fn device_growth(context: &Context, state: &State, volume: &VolumeRecord) 
 
 /// How the stores of a volume stand.
 struct Found {
-    answers: Vec<(StoreId, Answer<ReplicaProcessStatus>)>,
+    answers: BTreeMap<StoreId, Answer<ReplicaProcessStatus>>,
     away: Vec<StoreId>,
-}
-
-impl Found {
-    fn place(&self, state: &State, store: StoreId) -> String {
-        state.stores.get(&store).map_or_else(|| store.to_string(), |record| record.path.display().to_string())
-    }
 }
 
 /// Whether the volume can get this size, as far as that can be known before.
@@ -144,9 +139,8 @@ async fn look(context: &Context, state: &State, volume: &VolumeRecord, to: Volum
         );
         return Err(Fault::new(Reason::VolumeLarger, name, message));
     }
-    let mut all = survey::replicas(context, state).await;
-    let replicas = volume.replicas.iter().filter(|store| !volume.joining.contains(store));
-    let answers: Vec<_> = replicas.filter_map(|store| Some((*store, all.remove(store)?))).collect();
+    let replicas = volume.replicas.iter().copied().filter(|store| !volume.joining.contains(store));
+    let answers = survey::replicas(context, replicas).await;
     let away = answers.iter().filter(|(_, answer)| answer.is_err()).map(|(store, _)| *store).collect();
     let found = Found { answers, away };
     for (store, answer) in &found.answers {
@@ -158,7 +152,7 @@ async fn look(context: &Context, state: &State, volume: &VolumeRecord, to: Volum
         if more > available {
             let message = format!(
                 "no room in store {}: volume {name} needs {} more, {} are available; free some, or move the replica to another store",
-                found.place(state, *store),
+                state.place(*store),
                 HumanSize(more),
                 HumanSize(available)
             );
@@ -176,7 +170,7 @@ fn check_majority(state: &State, volume: &VolumeRecord, found: &Found) -> Result
     if there > members.len() / 2 {
         return Ok(());
     }
-    let places: Vec<_> = found.away.iter().map(|store| found.place(state, *store)).collect();
+    let places: Vec<_> = found.away.iter().map(|store| state.place(*store)).collect();
     let message = format!(
         "{there} of the {} replicas of volume {} that count answer, a majority must; these stores don't: {}",
         members.len(),
@@ -234,8 +228,7 @@ async fn grow_replicas(context: &Context, volume: &VolumeRecord, to: VolumeSize)
             Err(error) => return Outcome::Waits(replica_fault(context, *store, error)),
         }
     }
-    let note =
-        |store: &StoreId| format!("the replica in store {} was away, and becomes larger when it is back", found.place(&state, *store));
+    let note = |store: &StoreId| format!("the replica in store {} was away, and becomes larger when it is back", state.place(*store));
     Outcome::Done(found.away.iter().map(note).collect())
 }
 
@@ -263,11 +256,11 @@ async fn grow_device(context: &Arc<Context>, volume: &VolumeRecord) -> Outcome {
     let is_small = |status: &ReplicaProcessStatus| {
         status.replicas.iter().any(|report| report.spec.volume == volume.id && report.spec.size < volume.size)
     };
-    for (store, answer) in survey::replicas(context, &state).await {
-        if volume.replicas.contains(&store) && answer.as_ref().is_ok_and(is_small) {
+    for (store, answer) in survey::replicas(context, volume.replicas.iter().copied()).await {
+        if answer.as_ref().is_ok_and(is_small) {
             // One that fails is found small again when its store answers next, and the target doesn't take it before.
             _ = grow_replica(context, ReplicaSpec { volume: volume.id, size: volume.size }, store).await;
-        } else if volume.replicas.contains(&store) && answer.is_err() {
+        } else if answer.is_err() {
             let context = Arc::clone(context);
             tokio::spawn(async move { catch_up(&context, store).await });
         }

@@ -140,7 +140,6 @@ fn of_replica(replica: &v1::Replica, since: Option<u64>, replace_after: Option<D
     let come_back = "it is taken back, and gets what it lacks, when it answers";
     let advice = "see to its store: carrick store show; or put the replica elsewhere: carrick volume replace";
     let (reason, what, next) = match replica.state() {
-        v1::ReplicaState::Idle | v1::ReplicaState::InSync | v1::ReplicaState::Unspecified if !joins => return None,
         _ if joins => ("REPLICA_JOINING", "is still to be made", "it is made when its store answers".into()),
         v1::ReplicaState::Disconnected => ("REPLICA_AWAY", "doesn't answer", format!("{come_back}; {}", replaced())),
         v1::ReplicaState::Joining => ("REPLICA_JOINING", "is connecting", come_back.into()),

@@ -21,7 +21,7 @@ pub async fn salvage(context: &Context, name: &str, from: &str) -> Result<Volume
         let message = format!("volume {name} has no data in store {}; see carrick volume show {name}", from.path.display());
         return Err(Fault::invalid("from", message));
     }
-    let answers = survey::replicas(context, &state).await;
+    let answers = survey::replicas(context, state.stores.keys().copied()).await;
     let of = |store: &StoreId| answers.get(store)?.as_ref().ok();
     check_content(volume, &from.path.display().to_string(), of(&from.id))?;
     check_need(context, volume, |store| of(store).is_some_and(|status| holds(status, volume.id))).await?;

@@ -59,8 +59,10 @@ impl Services {
     /// Looks at everything, with all answers that can be had.
     async fn look<T>(&self, what: impl FnOnce(&View<'_>) -> T) -> T {
         let state = self.context.state();
-        let (replicas, targets) =
-            tokio::join!(survey::replicas(&self.context, &state), survey::targets(&self.context, state.attachments.keys().copied()));
+        let (replicas, targets) = tokio::join!(
+            survey::replicas(&self.context, state.stores.keys().copied()),
+            survey::targets(&self.context, state.attachments.keys().copied())
+        );
         let observed = self.context.node.observed();
         what(&View { state: &state, observed: &observed, replicas: &replicas, targets: &targets })
     }
@@ -71,7 +73,11 @@ impl Services {
         let attached = state.attachments.contains_key(&id);
         let targets = survey::targets(&self.context, attached.then_some(id)).await;
         // The target knows more of its replicas than they do.
-        let replicas = if targets.values().any(Result::is_ok) { BTreeMap::new() } else { survey::replicas(&self.context, state).await };
+        let replicas = if targets.values().any(Result::is_ok) {
+            BTreeMap::new()
+        } else {
+            survey::replicas(&self.context, state.stores.keys().copied()).await
+        };
         let observed = self.context.node.observed();
         Ok(View { state, observed: &observed, replicas: &replicas, targets: &targets }.volume(record))
     }

@@ -161,7 +161,7 @@ pub async fn choose(context: &Context, given: &[String], count: usize) -> Result
 
 /// The stores that answer and take writes, and how much room each has, those with the most first.
 async fn with_most_room(context: &Context, state: &State) -> Vec<(ByteLength, StoreId)> {
-    let answers = survey::replicas(context, state).await.into_iter();
+    let answers = survey::replicas(context, state.stores.keys().copied()).await.into_iter();
     let usable = answers.filter_map(|(id, status)| Some((id, status.ok().filter(|status| status.poisoned.is_none())?)));
     let mut free: Vec<_> = usable.map(|(id, status)| (status.usage.available(), id)).collect();
     free.sort_unstable_by_key(|(free, id)| (std::cmp::Reverse(*free), *id));

@@ -8,18 +8,17 @@ use tokio::task::JoinSet;
 
 use crate::context::Context;
 use crate::control::{self, CallError};
-use crate::metadata::State;
 use crate::observed::{Answers, Observed, Process, ProcessId, ProcessState};
 
 /// An answer, or why there is none.
 pub type Answer<T> = Result<T, String>;
 
-/// How all stores do.
-pub async fn replicas(context: &Context, state: &State) -> BTreeMap<StoreId, Answer<ReplicaProcessStatus>> {
+/// How these stores do.
+pub async fn replicas(context: &Context, stores: impl IntoIterator<Item = StoreId>) -> BTreeMap<StoreId, Answer<ReplicaProcessStatus>> {
     let observed = context.node.observed();
     let mut answers = BTreeMap::new();
     let mut asking = JoinSet::new();
-    for &store in state.stores.keys() {
+    for store in stores {
         match why_silent(&observed, ProcessId::Replica(store)) {
             Some(why) => drop(answers.insert(store, Err(why))),
             None => {

@@ -78,7 +78,7 @@ impl View<'_> {
         let members = target.and_then(|answer| answer.as_ref().ok()).map_or(&[][..], |status| &status.replicas);
         let config = record.config();
         let replica = |store: &StoreId| {
-            let place = self.place(*store);
+            let place = self.state.place(*store);
             let shown = match members.iter().find(|member| member.store == *store) {
                 Some(member) => replica_in_target(member, place),
                 None => self.replica_in_store(record.id, *store, place),
@@ -104,7 +104,7 @@ impl View<'_> {
             bandwidth_burst: record.limits.bandwidth_burst.map_or(0, |burst| burst.get()),
             state: state.into(),
             replicas: record.replicas.iter().map(replica).collect(),
-            leaving_stores: record.leaving.iter().map(|store| self.place(*store)).collect(),
+            leaving_stores: record.leaving.iter().map(|store| self.state.place(*store)).collect(),
             salvages: record.salvages.iter().map(|salvage| self.salvage(salvage)).collect(),
             attachment: attachment.map(|attachment| attachment_message(attachment, target)),
             operation: self.state.running(record.id).map(operations::message),
@@ -114,14 +114,9 @@ impl View<'_> {
     fn salvage(&self, record: &SalvageRecord) -> v1::Salvage {
         v1::Salvage {
             at_unix: record.at_unix,
-            from_store: self.place(record.from),
-            given_up_stores: record.given_up.iter().map(|store| self.place(*store)).collect(),
+            from_store: self.state.place(record.from),
+            given_up_stores: record.given_up.iter().map(|store| self.state.place(*store)).collect(),
         }
-    }
-
-    /// A store's path, or at least its id.
-    fn place(&self, store: StoreId) -> String {
-        self.state.stores.get(&store).map_or_else(|| store.to_string(), |record| record.path.display().to_string())
     }
 
     fn replica_in_store(&self, volume: VolumeId, store: StoreId, store_path: String) -> v1::Replica {

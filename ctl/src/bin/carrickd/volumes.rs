@@ -203,7 +203,7 @@ pub async fn delete_replica(context: &Context, volume: VolumeId, store: StoreId,
 /// What a caller is told when a store didn't do something.
 pub fn replica_fault(context: &Context, store: StoreId, error: CallError) -> Fault {
     let state = context.state();
-    let place = state.stores.get(&store).map_or(store.to_string(), |record| record.path.display().to_string());
+    let place = state.place(store);
     match error {
         CallError::Refused(refused) => {
             let reason = match refused.code {

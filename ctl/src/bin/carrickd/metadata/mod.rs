@@ -189,6 +189,11 @@ impl State {
         self.volumes.values().find(|volume| volume.name == *name && volume.phase != VolumePhase::Deleting)
     }
 
+    /// A store's path, or, if it is gone, its id.
+    pub fn place(&self, store: StoreId) -> String {
+        self.stores.get(&store).map_or_else(|| store.to_string(), |record| record.path.display().to_string())
+    }
+
     /// The volumes with a replica in this store.
     pub fn volumes_on(&self, store: StoreId) -> impl Iterator<Item = &VolumeRecord> {
         self.volumes.values().filter(move |volume| volume.replicas.contains(&store))
