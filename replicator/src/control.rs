@@ -336,6 +336,31 @@ pub struct TargetConfig {
     /// Which attachment of the volume this is, for that metadata store.
     #[serde(default)]
     pub attachment: Attachment,
+    /// Whether users get a mapped device.
+    #[serde(default, skip_serializing_if = "Map::is_auto")]
+    pub map: Map,
+}
+
+/// Whether what users get is a device of the device mapper in front of the ublk device. It can grow while it is used on kernels that can't
+/// change the size of a ublk device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Map {
+    /// Where the kernel can't change the size of a ublk device, and has a device mapper.
+    #[default]
+    Auto,
+    /// It is, or there is no device.
+    Always,
+    /// It isn't: the ublk device itself.
+    Never,
+}
+
+impl Map {
+    /// Whether it is left to the kernel.
+    #[must_use]
+    pub const fn is_auto(&self) -> bool {
+        matches!(self, Self::Auto)
+    }
 }
 
 /// Which of a volume's replicas count: what the metadata store keeps, in one record that only a compare-and-swap changes.

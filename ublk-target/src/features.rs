@@ -46,6 +46,8 @@ pub struct FeatureReport {
     pub missing: Vec<&'static str>,
     /// Whether the size of a device can change while it is open.
     pub update_size: bool,
+    /// Whether there can be mapped devices, which don't need that.
+    pub maps: bool,
 }
 
 impl Features {
@@ -76,12 +78,13 @@ impl Features {
 
     /// Everything, for programs.
     #[must_use]
-    pub fn report(self) -> FeatureReport {
+    pub fn report(self, maps: bool) -> FeatureReport {
         FeatureReport {
             bits: format!("{:#x}", self.0),
             features: NAMES.iter().filter(|(bit, ..)| self.offers(*bit)).map(|(_, name, _)| *name).collect(),
             missing: self.missing().map(|(name, _)| name).collect(),
             update_size: self.grows_online(),
+            maps,
         }
     }
 
@@ -124,7 +127,7 @@ mod tests {
         let error = old.check().unwrap_err();
         assert_eq!(error.code, ControlErrorCode::Unsupported);
         assert!(error.message.contains("lacks USER_COPY (Linux 6.5):"), "{error}");
-        assert_eq!(old.report().missing, ["USER_COPY"]);
+        assert_eq!(old.report(false).missing, ["USER_COPY"]);
     }
 
     #[test]
@@ -132,10 +135,10 @@ mod tests {
         let debian_13 = Features::new(u64::from(REQUIRED | sys::UBLK_F_ZONED));
         assert_eq!(debian_13.check(), Ok(()));
         assert_eq!(debian_13.device_flags(), u64::from(REQUIRED));
-        assert!(!debian_13.report().update_size);
+        assert!(!debian_13.report(false).update_size);
         let newer = Features::new(u64::MAX);
         assert_eq!(newer.device_flags(), u64::from(REQUIRED | sys::UBLK_F_QUIESCE));
-        assert_eq!(newer.report().features.len(), NAMES.len());
+        assert_eq!(newer.report(false).features.len(), NAMES.len());
         assert!(Features::are_recoverable(newer.device_flags()));
         assert!(!Features::are_recoverable(u64::from(sys::UBLK_F_USER_RECOVERY)));
     }

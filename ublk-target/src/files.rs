@@ -101,6 +101,12 @@ pub fn udev_environment(config: &TargetConfig) -> String {
     format!("CARRICK_VOLUME={}\nCARRICK_NAME={}\n{guest}", config.volume, config.name)
 }
 
+/// The same of a ublk device under a mapping: nobody is to look at it, and the links are the mapped device's.
+#[must_use]
+pub fn udev_environment_below(config: &TargetConfig) -> String {
+    format!("CARRICK_VOLUME={}\nCARRICK_BELOW=1\nCARRICK_GUEST=1\n", config.volume)
+}
+
 /// Writes a file as a whole or not at all. Whether its content is new.
 ///
 /// # Errors
@@ -149,7 +155,7 @@ fn failed(what: &str, error: &io::Error) -> ControlError {
 #[cfg(test)]
 mod tests {
     use carrick_backing_store::VolumeSize;
-    use carrick_replicator::control::ReplicaAddress;
+    use carrick_replicator::control::{Map, ReplicaAddress};
     use carrick_replicator::engine::Attachment;
     use carrick_replicator::limits::{Limits, Requests};
 
@@ -167,6 +173,7 @@ mod tests {
             records: None,
             attachment: Attachment::NONE,
             limits: Limits::default(),
+            map: Map::Auto,
             replicas: vec![ReplicaAddress {
                 store: "0f8fad5b-d9cb-469f-a165-70867728950e".parse().unwrap(),
                 endpoint: "unix:/run/carrick/replica/x.sock".parse().unwrap(),

@@ -33,6 +33,8 @@ pub enum Order {
         device: File,
         /// How many requests.
         depth: u16,
+        /// Whether the host may look for partitions on it.
+        may_be_parsed: bool,
         /// What came of it.
         done: Reply<io::Result<()>>,
     },
@@ -203,7 +205,7 @@ impl TargetFrontEnd {
         requests: &mut Vec<(RequestTag, Request)>,
     ) -> io::Result<()> {
         match order {
-            Order::Open { device, depth, done } => done.send(self.open(reactor, device, depth)),
+            Order::Open { device, depth, may_be_parsed, done } => done.send(self.open(reactor, device, depth, may_be_parsed)),
             Order::Config(answer) => engine.on_config(answer),
             Order::Limit(is_on) => {
                 let limits = if is_on { self.config.limits } else { Limits::default() };
@@ -226,8 +228,8 @@ impl TargetFrontEnd {
         Ok(())
     }
 
-    fn open(&mut self, reactor: &mut Reactor, device: File, depth: u16) -> io::Result<()> {
-        if !self.config.host {
+    fn open(&mut self, reactor: &mut Reactor, device: File, depth: u16, may_be_parsed: bool) -> io::Result<()> {
+        if !may_be_parsed {
             // The driver looks at whoever sends a FETCH: without the privilege the host never reads the disk's partition
             // table (I13). The driver's commands are sent by the main thread, which keeps it.
             process::drop_sys_admin()?;

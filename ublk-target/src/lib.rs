@@ -7,11 +7,13 @@
 //!
 //! A crash, a `kill -9` or SIGTERM loses no I/O: requests wait in the kernel until the next target recovers the device.
 
+pub mod detach;
 pub mod driver;
 pub mod features;
 pub mod files;
 pub mod front;
 pub mod identity;
+pub mod mapping;
 pub mod openers;
 pub mod params;
 pub mod plan;

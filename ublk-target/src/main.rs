@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory};
-use carrick_target::{preflight, start};
+use carrick_target::{mapping, preflight, start};
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
@@ -49,7 +49,7 @@ fn main() -> ExitCode {
 
 fn features() -> ExitCode {
     let report = preflight::open_driver().and_then(|(_, features)| {
-        serde_json::to_string_pretty(&features.report())
+        serde_json::to_string_pretty(&features.report(mapping::check().is_ok()))
             .map_err(|error| ControlError { code: ControlErrorCode::Failed, message: error.to_string() })
     });
     match report {

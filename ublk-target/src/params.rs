@@ -3,6 +3,8 @@
 use carrick_backing_store::{BLOCK_SIZE, VolumeSize};
 use libublk_rs_sys as sys;
 
+use crate::mapping;
+
 /// Bytes of a sector, the unit of ublk's numbers, whatever the logical block size is.
 pub const SECTOR: u64 = 512;
 
@@ -83,9 +85,9 @@ pub fn check_found(params: &sys::ublk_params, size: VolumeSize, block: LogicalBl
     if params.basic.logical_bs_shift != block.shift() {
         return Err(format!("its logical block size is not {} bytes", 1_u32 << block.shift()));
     }
-    // A smaller device is a volume that grew while no target ran.
+    // A smaller device is a volume that grew while no target ran; one that is larger than any volume has a mapping in front of it.
     let bytes = params.basic.dev_sectors.saturating_mul(SECTOR);
-    if bytes > size.bytes().get() {
+    if bytes > size.bytes().get() && !mapping::is_below(params) {
         return Err(format!("it has {bytes} bytes, the volume only {}", size.bytes()));
     }
     Ok(())
@@ -117,6 +119,9 @@ mod tests {
         assert_eq!(check_found(&params[0], sizes[1], LogicalBlock::B512), Ok(()));
         assert!(check_found(&params[1], sizes[0], LogicalBlock::B512).is_err());
         assert!(check_found(&params[0], sizes[0], LogicalBlock::B4096).is_err());
+        let mut below = params[0];
+        below.basic.dev_sectors = mapping::SECTORS_BELOW;
+        assert_eq!(check_found(&below, sizes[0], LogicalBlock::B512), Ok(()));
         assert!(check_found(&sys::ublk_params::default(), sizes[0], LogicalBlock::B512).is_err());
     }
 }

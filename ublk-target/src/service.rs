@@ -13,15 +13,17 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use carrick_backing_store::{VolumeId, VolumeSize};
-use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory, TargetAnswer, TargetConfig, TargetPhase};
+use carrick_replicator::control::{ControlError, ControlErrorCode, Map, RunDirectory, TargetConfig, TargetPhase};
 use carrick_replicator::io::{ControlSocket, Reply, Sender};
+use libublk_rs_sys as sys;
 
-use crate::driver::{Driver, DriverError, Stop};
+use crate::driver::{Driver, DriverError};
 use crate::features::Features;
 use crate::files;
 use crate::front::{Notice, Order};
 use crate::identity;
-use crate::openers::{self, Usage};
+use crate::mapping::{self, Mapping, MappingError};
+use crate::openers;
 use crate::params::{self, LogicalBlock, SECTOR};
 use crate::plan::{DeviceId, DeviceState, Found, Step, next_step};
 use crate::progress::Progress;
@@ -34,19 +36,10 @@ const RECOVERY_LIMIT: Duration = Duration::from_secs(120);
 /// How long a disk may take to appear. The host reads the partition table of its own disks meanwhile, from the replicas.
 const START_LIMIT: Duration = Duration::from_secs(30);
 const START_LIMIT_HOST: Duration = Duration::from_secs(600);
-/// How long requests under way may take when a device is stopped.
-const STOP_LIMIT: Duration = Duration::from_secs(30);
-/// The same when it is stopped by force: after this they are ended with errors.
-const FORCE_AFTER: Duration = Duration::from_secs(3);
 /// How long the queue thread may take to obey.
-const ORDER_LIMIT: Duration = Duration::from_secs(10);
-/// How long a detach waits for what was acknowledged to be on stable media. A majority's journals have it in any case.
-const FLUSH_LIMIT: Duration = Duration::from_secs(10);
-/// How long the process's end waits for its last answer to be read.
-const FAREWELL: Duration = Duration::from_secs(2);
+pub(crate) const ORDER_LIMIT: Duration = Duration::from_secs(10);
 
 const CHARACTER_CLASS: &str = "/sys/class/ublk-char";
-const BLOCK_CLASS: &str = "/sys/block";
 
 /// The main thread's state.
 pub struct Service {
@@ -62,6 +55,8 @@ pub struct Service {
     pub driver: Driver,
     /// What it can do.
     pub features: Features,
+    /// In front of the device, if it is one under a mapping.
+    pub mapping: Mapping,
     /// To the queue thread.
     pub orders: Sender<Order>,
     /// From the queue thread.
@@ -138,14 +133,10 @@ impl Service {
                 refused => return Err(refusal(refused)),
             }
         };
-        sysfs::set_queue(&block_folder(id));
-        self.grow(id);
-        self.progress.set(|step| {
-            step.phase = TargetPhase::Serving;
-            step.device = Some(sysfs::disk_path(id));
-            step.waiting_for = None;
-        });
-        tracing::info!(device = %sysfs::disk_path(id).display(), took = ?begun.elapsed(), "the device answers");
+        self.show(id)?;
+        self.progress.set(|step| (step.phase, step.waiting_for) = (TargetPhase::Serving, None));
+        let device = self.progress.get().device.unwrap_or_default();
+        tracing::info!(device = %device.display(), took = ?begun.elapsed(), "the device answers");
         Ok(Some(id))
     }
 
@@ -153,41 +144,73 @@ impl Service {
     fn on_grown(&mut self, size: VolumeSize) {
         self.config.size = self.config.size.max(size);
         let devices = if self.progress.get().phase == TargetPhase::Serving { self.find() } else { Ok(Vec::new()) };
-        match devices {
-            Ok(devices) => devices.iter().for_each(|device| self.grow(device.id)),
-            Err(error) => tracing::warn!(%error, "the device keeps its size for now"),
+        let shown = match devices {
+            Ok(devices) => devices.into_iter().try_for_each(|device| self.show(device.id)),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = shown {
+            tracing::warn!(%error, "the device keeps its size for now");
         }
     }
 
-    /// Makes a device as large as the volume, if the driver can, and remembers how large it is. It has a disk.
-    fn grow(&mut self, id: DeviceId) {
-        let sectors = self.config.size.bytes().get() / SECTOR;
-        let mut found = match self.driver.params(id) {
-            Ok(params) => params.basic.dev_sectors,
-            Err(error) => return tracing::warn!(%error, "can't find out how large the device is"),
-        };
-        if found < sectors && self.features.grows_online() {
-            match self.driver.update_size(id, sectors) {
-                Ok(()) => {
-                    tracing::info!(device = %sysfs::disk_path(id).display(), size = %self.config.size.bytes(), "the device has grown");
-                    found = sectors;
+    /// Says where users find a device that has a disk, once that is as large as the volume, if it can be.
+    ///
+    /// # Errors
+    /// There is nothing to be found.
+    pub(crate) fn show(&mut self, id: DeviceId) -> Result<(), ControlError> {
+        let disk = sysfs::disk_path(id);
+        sysfs::set_queue(&sysfs::block_folder(&disk));
+        let params = self.driver.params(id).map_err(failed)?;
+        let (device, sectors) = if mapping::is_below(&params) {
+            let device = self.mapping.fit(&disk, self.config.size).or_else(|error| match self.mapping.find() {
+                Ok(Some(device)) => {
+                    tracing::error!(%error, device = %device.display(), "the device can't grow");
+                    Ok(device)
                 }
-                Err(error) => tracing::error!(%error, "the device can't grow"),
+                Ok(None) | Err(_) => Err(failed(error)),
+            })?;
+            let sectors = sysfs::sectors(&device).map_err(|error| failed(format!("{} has no size: {error}", device.display())))?;
+            (device, sectors)
+        } else {
+            let sectors = self.grow(id, params.basic.dev_sectors);
+            (disk, sectors)
+        };
+        let grows_online = mapping::is_below(&params) || self.features.grows_online();
+        self.progress.set(|step| {
+            step.device = Some(device);
+            (step.size, step.grows_online) = (VolumeSize::new(sectors * SECTOR).ok(), grows_online);
+        });
+        Ok(())
+    }
+
+    /// Makes a ublk disk as large as the volume, if the driver can. Gives the sectors that it has then.
+    fn grow(&mut self, id: DeviceId, found: u64) -> u64 {
+        let sectors = self.config.size.bytes().get() / SECTOR;
+        if found >= sectors || !self.features.grows_online() {
+            return found;
+        }
+        match self.driver.update_size(id, sectors) {
+            Ok(()) => {
+                tracing::info!(device = %sysfs::disk_path(id).display(), size = %self.config.size.bytes(), "the device has grown");
+                sectors
+            }
+            Err(error) => {
+                tracing::error!(%error, "the device can't grow");
+                found
             }
         }
-        let grows_online = self.features.grows_online();
-        self.progress.set(|step| (step.size, step.grows_online) = (VolumeSize::new(found * SECTOR).ok(), grows_online));
     }
 
-    fn find(&mut self) -> Result<Vec<Found>, ControlError> {
+    pub(crate) fn find(&mut self) -> Result<Vec<Found>, ControlError> {
         find(&mut self.driver, self.config.volume)
     }
 
     fn create(&mut self) -> Result<DeviceId, ControlError> {
+        let params = self.new_params()?;
         let mark = identity::device_mark(self.config.volume);
         let info = self.driver.add(self.config.queue_depth, self.features.device_flags(), mark).map_err(explain_add)?;
         let id = DeviceId(info.dev_id);
-        if let Err(error) = self.start_new(id, info.queue_depth) {
+        if let Err(error) = self.start_new(id, info.queue_depth, params).and_then(|()| self.show(id)) {
             // The next target would do it, but perhaps there is none.
             if let Err(also) = self.remove(id) {
                 tracing::warn!(error = %also, "can't remove the device that could not be started");
@@ -197,14 +220,38 @@ impl Service {
         Ok(id)
     }
 
-    fn start_new(&mut self, id: DeviceId, depth: u16) -> Result<(), ControlError> {
-        self.driver.set_params(id, params::device_params(self.config.size, self.block)).map_err(failed)?;
+    /// The parameters of a new device, which is one under a mapping if it should and can be.
+    fn new_params(&self) -> Result<sys::ublk_params, ControlError> {
+        let mut params = params::device_params(self.config.size, self.block);
+        let is_mapped = match self.config.map {
+            Map::Never => false,
+            Map::Auto if self.features.grows_online() => false,
+            Map::Auto => mapping::check().inspect_err(|error| tracing::warn!(%error, "the device won't grow while it is used")).is_ok(),
+            Map::Always => {
+                let unsupported = |error: MappingError| ControlError { code: ControlErrorCode::Unsupported, message: error.to_string() };
+                mapping::check().map_err(unsupported)?;
+                true
+            }
+        };
+        if is_mapped {
+            params.basic.dev_sectors = mapping::SECTORS_BELOW;
+        }
+        Ok(params)
+    }
+
+    fn start_new(&mut self, id: DeviceId, depth: u16, params: sys::ublk_params) -> Result<(), ControlError> {
+        self.driver.set_params(id, params).map_err(failed)?;
         let device = open_character(id).map_err(|error| failed(format!("can't open /dev/ublkc{}: {error}", id.0)))?;
-        self.open_queue(device, depth)?.map_err(|error| failed(format!("can't serve /dev/ublkc{}: {error}", id.0)))?;
+        let may_be_parsed = self.may_be_parsed(&params);
+        self.open_queue(device, depth, may_be_parsed)?.map_err(|error| failed(format!("can't serve /dev/ublkc{}: {error}", id.0)))?;
         // udev reads it when the disk appears.
-        self.write_environment(id)?;
-        let limit = if self.config.host { START_LIMIT_HOST } else { START_LIMIT };
-        self.driver.start(id, limit).map_err(failed)
+        self.write_environment(id, &params)?;
+        self.driver.start(id, if may_be_parsed { START_LIMIT_HOST } else { START_LIMIT }).map_err(failed)
+    }
+
+    /// Whether the host may look for partitions on the ublk disk itself.
+    const fn may_be_parsed(&self, params: &sys::ublk_params) -> bool {
+        self.config.host && !mapping::is_below(params)
     }
 
     /// Takes over a device whose target is gone. Nothing slow happens between the first and the last command: a target killed
@@ -236,16 +283,18 @@ impl Service {
             }
             Err(error) => return Err(failed(format!("can't open /dev/ublkc{}: {error}", id.0))),
         };
-        self.open_queue(device, info.queue_depth)?.map_err(|error| match error.raw_os_error() {
+        self.open_queue(device, info.queue_depth, self.may_be_parsed(&params))?.map_err(|error| match error.raw_os_error() {
             Some(libc::EINVAL) => refused(format!(
                 "an earlier target was killed in the middle of recovering it, after which this kernel allows no other ({error})"
             )),
             _ => failed(format!("can't serve /dev/ublkc{}: {error}", id.0)),
         })?;
         self.driver.end_recovery(id).map_err(failed)?;
-        if self.write_environment(id)? {
+        if self.write_environment(id, &params)? {
             // The run directory was lost, and udev's links with it.
-            sysfs::announce_change(&block_folder(id));
+            for device in [Some(sysfs::disk_path(id)), self.mapping.find().ok().flatten()].into_iter().flatten() {
+                sysfs::announce_change(&sysfs::block_folder(&device));
+            }
         }
         Ok(Recovered::Yes)
     }
@@ -269,128 +318,30 @@ impl Service {
         }
     }
 
-    fn write_environment(&self, id: DeviceId) -> Result<bool, ControlError> {
-        let path = self.run.udev_environment(&sysfs::disk_name(id));
-        files::write_whole(&path, files::udev_environment(&self.config).as_bytes(), 0o644)
-            .map_err(|error| failed(format!("can't write {}: {error}", path.display())))
-    }
-
-    /// True if the process is to end.
-    fn on_detach(&mut self, force: bool, reply: Reply<TargetAnswer>) -> bool {
-        let before = self.progress.get();
-        self.progress.set(|step| step.phase = TargetPhase::Stopping);
-        // What waits for the limits is to be done, not to fail. If the thread is gone, its word says why.
-        let _ = force && self.orders.send(Order::Limit(false));
-        match self.detach(force) {
-            Ok(()) => {
-                tracing::info!(volume = %self.config.volume, force, "detached");
-                reply.send(TargetAnswer::Done);
-                self.socket.drain(FAREWELL);
-                true
-            }
-            Err(error) => {
-                tracing::warn!(%error, force, "not detached");
-                self.progress.set(|step| *step = before);
-                let _ = force && self.orders.send(Order::Limit(true));
-                reply.send(TargetAnswer::Refused(error));
-                false
-            }
-        }
-    }
-
-    fn detach(&mut self, force: bool) -> Result<(), ControlError> {
-        for device in self.find()? {
-            if device.server.is_some_and(|server| server != std::process::id()) {
-                return Err(refusal(next_step(&[device])));
-            }
-            if !force {
-                self.stop_unused(device.id)?;
-                self.flush();
-            }
-            self.remove(device.id)?;
-        }
-        files::remove(&self.config_path);
-        files::remove(&self.run.target_control(self.config.volume));
-        files::remove(&self.run.target_failure(self.config.volume));
-        files::remove(&self.run.target_lock(self.config.volume));
-        Ok(())
-    }
-
-    /// Stops a device unless somebody uses it.
-    fn stop_unused(&mut self, id: DeviceId) -> Result<(), ControlError> {
-        let path = sysfs::disk_path(id);
-        let busy = |users: &str| ControlError {
-            code: ControlErrorCode::Busy,
-            message: format!("{} is in use: {users}; end that first, or detach by force", path.display()),
+    /// Tells udev of a device and of its mapping. Whether that is new.
+    fn write_environment(&self, id: DeviceId, params: &sys::ublk_params) -> Result<bool, ControlError> {
+        let disk = sysfs::disk_name(id);
+        let write = |device: &str, content: String| {
+            let path = self.run.udev_environment(device);
+            files::write_whole(&path, content.as_bytes(), 0o644).map_err(|error| failed(format!("can't write {}: {error}", path.display())))
         };
-        let usage = openers::look(&path, &block_folder(id))
-            .map_err(|error| failed(format!("can't find out who uses {}: {error}", path.display())))?;
-        let exclusive = match usage {
-            Usage::UsedBy(users) => return Err(busy(&users.join("; "))),
-            Usage::Unused(exclusive) => exclusive,
-        };
-        let pending = if self.features.offers(libublk_rs_sys::UBLK_F_SAFE_STOP_DEV) {
-            // The driver itself looks, and lets nobody in afterwards. It counts this process, too.
-            drop(exclusive);
-            self.driver.begin_stop(id, Stop::IfUnused).map_err(failed)?
+        if mapping::is_below(params) {
+            let is_new = write(self.mapping.name(), files::udev_environment(&self.config))?;
+            Ok(write(&disk, files::udev_environment_below(&self.config))? || is_new)
         } else {
-            let pending = self.driver.begin_stop(id, Stop::Anyway).map_err(failed)?;
-            // Held until the driver has the command: nobody could mount the disk in between.
-            drop(exclusive);
-            pending
-        };
-        match self.driver.finish(&pending, STOP_LIMIT) {
-            Err(error) if error.errno() == Some(libc::EBUSY) => Err(busy("something has it open")),
-            // There was no disk to stop: half made, or stopped already.
-            Err(error) if error.errno() == Some(libc::ENODEV) => Ok(()),
-            stopped => stopped.map_err(failed),
+            write(&disk, files::udev_environment(&self.config))
         }
     }
 
-    /// Stops and deletes a device. Requests that can't end are ended with errors.
-    fn remove(&mut self, id: DeviceId) -> Result<(), ControlError> {
-        self.is_stopping = self.queue_is_open;
-        let pending = self.driver.begin_stop(id, Stop::Anyway).map_err(failed)?;
-        let mut stopped = self.driver.finish(&pending, FORCE_AFTER);
-        if stopped.as_ref().is_err_and(DriverError::is_timeout) {
-            self.order(Order::Abort)?;
-            stopped = self.driver.finish(&pending, STOP_LIMIT);
-        }
-        ignore_absent(stopped)?;
-        if self.queue_is_open {
-            let (done, released) = Reply::new();
-            self.order(Order::Release { done })?;
-            released.recv_timeout(ORDER_LIMIT).map_err(|_| failed("the queue thread has not let go of the stopped device"))?;
-            self.queue_is_open = false;
-            self.is_stopping = false;
-        }
-        ignore_absent(self.driver.delete(id))?;
-        files::remove(&self.run.udev_environment(&sysfs::disk_name(id)));
-        self.progress.set(|step| (step.device, step.size) = (None, None));
-        Ok(())
-    }
-
-    /// Puts what was acknowledged on stable media, if that is quickly done.
-    fn flush(&mut self) {
-        if !self.queue_is_open {
-            return;
-        }
-        let (done, flushed) = Reply::new();
-        let sent = self.orders.send(Order::Flush { done });
-        if !sent || !flushed.recv_timeout(FLUSH_LIMIT).unwrap_or(false) {
-            tracing::warn!("detaching before a majority has confirmed that everything is on stable media");
-        }
-    }
-
-    fn open_queue(&mut self, device: File, depth: u16) -> Result<io::Result<()>, ControlError> {
+    fn open_queue(&mut self, device: File, depth: u16, may_be_parsed: bool) -> Result<io::Result<()>, ControlError> {
         let (done, opened) = Reply::new();
-        self.order(Order::Open { device, depth, done })?;
+        self.order(Order::Open { device, depth, may_be_parsed, done })?;
         let opened = opened.recv_timeout(ORDER_LIMIT).map_err(|_| failed("the queue thread has not opened the queue"))?;
         self.queue_is_open = opened.is_ok();
         Ok(opened)
     }
 
-    fn order(&self, order: Order) -> Result<(), ControlError> {
+    pub(crate) fn order(&self, order: Order) -> Result<(), ControlError> {
         self.orders.send(order).then_some(()).ok_or_else(|| failed("the queue thread has ended"))
     }
 
@@ -439,20 +390,8 @@ pub fn check_unserved(driver: &mut Driver, volume: VolumeId) -> Result<(), Contr
     }
 }
 
-fn block_folder(id: DeviceId) -> PathBuf {
-    Path::new(BLOCK_CLASS).join(sysfs::disk_name(id))
-}
-
 fn open_character(id: DeviceId) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(sysfs::character_path(id))
-}
-
-/// A device that isn't there needs no removal.
-fn ignore_absent(result: Result<(), DriverError>) -> Result<(), ControlError> {
-    match result {
-        Err(error) if error.errno() == Some(libc::ENODEV) => Ok(()),
-        result => result.map_err(failed),
-    }
 }
 
 fn explain_add(error: DriverError) -> ControlError {
@@ -465,7 +404,7 @@ fn explain_add(error: DriverError) -> ControlError {
     }
 }
 
-fn refusal(step: Step) -> ControlError {
+pub(crate) fn refusal(step: Step) -> ControlError {
     let (code, message) = match step {
         Step::Served { id, server } => {
             (ControlErrorCode::Busy, format!("process {server} serves the volume already, as {}", sysfs::disk_path(id).display()))
@@ -488,6 +427,6 @@ fn refusal(step: Step) -> ControlError {
     ControlError { code, message }
 }
 
-fn failed(why: impl ToString) -> ControlError {
+pub(crate) fn failed(why: impl ToString) -> ControlError {
     ControlError { code: ControlErrorCode::Failed, message: why.to_string() }
 }

@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use crate::files;
 use crate::front::{Mailboxes, Notice, Order, TargetFrontEnd};
+use crate::mapping::Mapping;
 use crate::preflight;
 use crate::process;
 use crate::progress::Progress;
@@ -89,6 +90,7 @@ fn start(options: &Options, config: TargetConfig, block: crate::params::LogicalB
     spawn_queue_thread(options, &config, mailboxes, orders.clone(), notices, &progress)?;
     let socket = ControlSocket::serve(listener, command_sender, TargetAnswer::Refused)
         .map_err(|error| failed(format!("can't serve the control socket: {error}")))?;
+    let mapping = Mapping::new(&config);
     Ok(Service {
         config,
         block,
@@ -96,6 +98,7 @@ fn start(options: &Options, config: TargetConfig, block: crate::params::LogicalB
         run: options.run.clone(),
         driver,
         features,
+        mapping,
         orders,
         notices: notice_receiver,
         progress,

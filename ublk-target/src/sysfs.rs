@@ -35,6 +35,20 @@ pub fn character_path(id: DeviceId) -> PathBuf {
     PathBuf::from(format!("/dev/ublkc{}", id.0))
 }
 
+/// What sysfs has of a disk, by its path under `/dev`.
+#[must_use]
+pub fn block_folder(disk: &Path) -> PathBuf {
+    Path::new("/sys/block").join(disk.file_name().unwrap_or_default())
+}
+
+/// Sectors of a disk.
+///
+/// # Errors
+/// Of reading the attribute.
+pub fn sectors(disk: &Path) -> io::Result<u64> {
+    fs::read_to_string(block_folder(disk).join("size"))?.trim().parse().map_err(io::Error::other)
+}
+
 /// The devices that there are, in order.
 ///
 /// # Errors

@@ -77,7 +77,13 @@ impl Grown {
     }
 
     fn how(&self) -> &'static str {
-        if self.online { "the device follows at once" } else { "this kernel's device follows at the next attachment" }
+        if path_text(&self.device).is_ok_and(|path| path.starts_with("/dev/dm-")) {
+            "the mapped device follows at once"
+        } else if self.online {
+            "the device follows at once"
+        } else {
+            "this kernel's device follows at the next attachment"
+        }
     }
 }
 
@@ -187,7 +193,16 @@ pub fn under_load(plan: &Plan) -> Found {
 }
 
 pub fn file_system(_: &Plan) -> Found {
-    let mut grown = Grown::new(64, &["--host"])?;
+    file_system_on(&["--host"])
+}
+
+pub fn mapped(plan: &Plan) -> Found {
+    let file_system = file_system_on(&["--host", "--map", "always"])?;
+    Ok(format!("{file_system}; {}", killed_on(&["--map", "always"], plan)?))
+}
+
+fn file_system_on(options: &[&str]) -> Found {
+    let mut grown = Grown::new(64, options)?;
     run("mkfs.ext4", &["-q", path_text(&grown.device)?])?;
     let folder = grown.site.path("mounted");
     fs::create_dir_all(&folder)?;
@@ -196,7 +211,7 @@ pub fn file_system(_: &Plan) -> Found {
     grown.expand(128)?;
     if !grown.online {
         drop(mounted);
-        grown.attach_again(&["--host"])?;
+        grown.attach_again(options)?;
         mounted = Mount::new(&grown.device, folder.clone())?;
     }
     run("resize2fs", &[path_text(&grown.device)?])?;
@@ -226,7 +241,11 @@ enum Victim {
 }
 
 pub fn killed(plan: &Plan) -> Found {
-    let mut grown = Grown::new(64, &[])?;
+    killed_on(&[], plan)
+}
+
+fn killed_on(options: &[&str], plan: &Plan) -> Found {
+    let mut grown = Grown::new(64, options)?;
     let stop = grown.site.path("stop-fio");
     let mut fio = verifying_load(&grown.device, ("512", "1M"), plan.seed, &stop)?;
     let victims = [

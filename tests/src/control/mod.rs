@@ -35,6 +35,11 @@ pub fn items() -> Vec<Item> {
             run: expand::killed,
         },
         Item {
+            name: "expand-mapped",
+            promise: "the last two with a mapped device, which grows at once on kernels that can't change a ublk device",
+            run: expand::mapped,
+        },
+        Item {
             name: "expand-away",
             promise: "a replica that is away while the volume grows is taken back, larger, when it answers again",
             run: expand::replica_away,

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use carrick_backing_store::{ReplicaSpec, StoreId, VolumeId, VolumeSize};
 use carrick_replicator::control::{
-    ReplicaAddress, ReplicaAnswer, ReplicaRequest, RunDirectory, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus, call,
+    Map, ReplicaAddress, ReplicaAnswer, ReplicaRequest, RunDirectory, TargetAnswer, TargetConfig, TargetPhase, TargetRequest, TargetStatus,
+    call,
 };
 use carrick_replicator::endpoint::Endpoint;
 use carrick_replicator::engine::Attachment;
@@ -48,6 +49,7 @@ impl Machine {
             records: None,
             attachment: Attachment::NONE,
             limits: Limits::default(),
+            map: map(),
         };
         let mut machine = Self { config, run, folder: tempfile::tempdir().unwrap(), replicas: Vec::new(), target: None };
         for number in 0..replicas {
@@ -73,7 +75,7 @@ impl Machine {
         self.replicas.push(serve.spawn().unwrap());
         let create = ReplicaRequest::Create { spec: ReplicaSpec { volume: self.config.volume, size: self.config.size } };
         let control = self.run.replica_control(store);
-        wait_for("the replica's control socket", || control.exists());
+        wait_for("the replica to listen", || std::os::unix::net::UnixStream::connect(&control).is_ok());
         assert_eq!(call::<_, ReplicaAnswer>(&control, &create, PATIENCE).unwrap(), ReplicaAnswer::Done);
         self.config.replicas.push(ReplicaAddress { store, endpoint: Endpoint::Unix(self.run.replica_socket(store)) });
     }
@@ -138,19 +140,29 @@ impl Machine {
         self.ask(&TargetRequest::Detach { force }).expect("an answer")
     }
 
+    /// Detaches by force, and checks that no file of it is left. A mapped device that is open stays until it is closed.
+    pub fn detach_by_force(&mut self) {
+        self.detach_and_look(true);
+    }
+
     /// Detaches and checks that nothing of it is left.
     pub fn detach_cleanly(&mut self, force: bool) {
+        let device = self.detach_and_look(force);
+        assert!(device.is_none_or(|device| !device.exists()));
+        assert_eq!(mapped_devices(), Vec::<String>::new());
+    }
+
+    fn detach_and_look(&mut self, force: bool) -> Option<PathBuf> {
         let device = self.status().unwrap().device;
         assert_eq!(self.detach(force), TargetAnswer::Done, "{}", self.target_log());
         assert!(self.target.take().unwrap().wait().unwrap().success());
         for path in [self.config_path(), self.run.target_control(self.config.volume), self.run.target_lock(self.config.volume)] {
             assert!(!path.exists(), "{} is left", path.display());
         }
-        if let Some(device) = device {
-            assert!(!device.exists());
-            assert!(!self.run.udev_environment(device.file_name().unwrap().to_str().unwrap()).exists());
-        }
+        let told = fs::read_dir(self.run.root().join("udev")).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+        assert_eq!(told, Vec::<std::ffi::OsString>::new(), "udev is told of no device");
         assert_eq!(devices(), Vec::<String>::new());
+        device
     }
 
     /// `kill -9`.
@@ -174,6 +186,11 @@ impl Drop for Machine {
             let _ = child.wait();
         }
     }
+}
+
+/// All tests are to pass with either kind of device.
+pub fn map() -> Map {
+    if std::env::var_os("CARRICK_TEST_MAPPED").is_some() { Map::Always } else { Map::Never }
 }
 
 /// A mounted device. A test that fails leaves it behind without waiting for a disk that may not answer.
@@ -208,6 +225,12 @@ pub fn devices() -> Vec<String> {
     let entries = fs::read_dir("/sys/class/ublk-char").map(|entries| entries.map(|entry| entry.unwrap().file_name()).collect());
     let names: Vec<std::ffi::OsString> = entries.unwrap_or_default();
     names.into_iter().map(|name| name.into_string().unwrap()).collect()
+}
+
+/// Mapped devices, by sysfs.
+pub fn mapped_devices() -> Vec<String> {
+    let names = fs::read_dir("/sys/block").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| name.starts_with("dm-")).collect()
 }
 
 /// Waits for a state.

@@ -249,6 +249,21 @@ pub struct Attach {
     /// Requests in flight at most, 1 to 512 [default: 128]
     #[arg(long, value_name = "N")]
     pub queue_depth: Option<u32>,
+    /// Whether the device is one of the device mapper, which can grow while it is used whatever the kernel's ublk can
+    #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
+    pub map: MapWhen,
+}
+
+/// When a device is mapped.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+pub enum MapWhen {
+    /// Where this kernel's ublk can't change the size of a device
+    #[default]
+    Auto,
+    /// It is, or there is none
+    Always,
+    /// The ublk device itself, of which the kernel reads the partitions with --host
+    Never,
 }
 
 /// How to detach.

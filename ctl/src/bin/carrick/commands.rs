@@ -8,7 +8,7 @@ use carrick_ctl::fault::{Fault, Reason};
 use carrick_ctl::v1;
 use serde::Serialize;
 
-use crate::arguments::{Arguments, Attach, Command, Detach, OperationCommand, Shutdown, StoreCommand, VolumeCommand};
+use crate::arguments::{Arguments, Attach, Command, Detach, MapWhen, OperationCommand, Shutdown, StoreCommand, VolumeCommand};
 use crate::bench;
 use crate::client::{Client, change, question};
 use crate::doctor;
@@ -266,8 +266,14 @@ async fn wait_until_verified(client: &Client, name: String) -> Result<v1::Volume
 }
 
 async fn attach(client: &Client, output: &Output, arguments: Attach) -> Result<(), Problem> {
-    let Attach { name, host, queue_depth } = arguments;
-    let answer = client.volumes().attach_volume(change(v1::AttachVolumeRequest { name, host, queue_depth })).await?.into_inner();
+    let Attach { name, host, queue_depth, map } = arguments;
+    let map = match map {
+        MapWhen::Auto => v1::Map::Unspecified,
+        MapWhen::Always => v1::Map::Always,
+        MapWhen::Never => v1::Map::Never,
+    };
+    let request = v1::AttachVolumeRequest { name, host, queue_depth, map: map.into() };
+    let answer = client.volumes().attach_volume(change(request)).await?.into_inner();
     output.show(&answer, |answer| format!("{}\n", answer.device))
 }
 

@@ -119,8 +119,14 @@ fn ublk(program: &Path) -> Check {
         let advice = "boot Linux 6.5 or newer (Debian 13 or newer has one)";
         return Check::new(name, Verdict::Fail, format!("the driver lacks {}", missing.join(", ")), advice);
     }
+    if report["update_size"] != true && report["maps"] == true {
+        return Check::pass(
+            name,
+            format!("the driver offers {features}; volumes grow by way of the device mapper, for want of UPDATE_SIZE"),
+        );
+    }
     if report["update_size"] != true {
-        let advice = "nothing, or boot Linux 6.16 or newer: here a volume that grew has its new size at its next attachment";
+        let advice = "install dmsetup, or boot Linux 6.16 or newer: here a volume that grew has its new size at its next attachment";
         return Check::new(name, Verdict::Warn, format!("the driver offers {features}, and not UPDATE_SIZE"), advice);
     }
     Check::pass(name, format!("the driver offers {features}"))
@@ -232,13 +238,18 @@ mod tests {
             fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
             ublk(&program)
         };
-        let report = |missing: &str, update_size: bool| {
-            answer(&format!(r#"echo '{{"features":["USER_COPY"],"missing":[{missing}],"update_size":{update_size}}}'"#))
+        let report = |missing: &str, can: &str| {
+            let features = r#""features":["USER_COPY"]"#;
+            answer(&format!(r#"echo '{{{features},"missing":[{missing}],{can}}}'"#))
         };
-        assert_eq!(report("", true).verdict, Verdict::Pass);
-        let old = report("", false);
-        assert!(old.verdict == Verdict::Warn && old.advice.contains("6.16"), "{old:?}");
-        let lacking = report(r#""USER_RECOVERY""#, true);
+        let (grows, maps, neither) =
+            (r#""update_size":true,"maps":false"#, r#""update_size":false,"maps":true"#, r#""update_size":false,"maps":false"#);
+        assert_eq!(report("", grows).verdict, Verdict::Pass);
+        let mapped = report("", maps);
+        assert!(mapped.verdict == Verdict::Pass && mapped.found.contains("device mapper"), "{mapped:?}");
+        let old = report("", neither);
+        assert!(old.verdict == Verdict::Warn && old.advice.contains("dmsetup"), "{old:?}");
+        let lacking = report(r#""USER_RECOVERY""#, grows);
         assert!(lacking.verdict == Verdict::Fail && lacking.found.contains("USER_RECOVERY"), "{lacking:?}");
         let none = answer("echo carrick-target: there is no /dev/ublk-control >&2; exit 1");
         assert_eq!((none.verdict, none.found.as_str()), (Verdict::Fail, "there is no /dev/ublk-control"));

@@ -414,6 +414,7 @@ mod tests {
         let attachment = Attachment {
             state: AttachmentState::Attached.into(),
             queue_depth: 128,
+            map: 0,
             device: Some("/dev/ublkb0".into()),
             term: Some("3.0000abcd".into()),
             phase: TargetPhase::Serving.into(),

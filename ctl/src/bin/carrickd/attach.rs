@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use carrick_backing_store::VolumeId;
 use carrick_ctl::fault::{Fault, Reason};
-use carrick_replicator::control::{ControlError, ControlErrorCode, TargetPhase, TargetStatus};
+use carrick_ctl::v1;
+use carrick_replicator::control::{ControlError, ControlErrorCode, Map, TargetPhase, TargetStatus};
 use carrick_replicator::engine::Attachment;
 
 use crate::context::{Context, unix_now};
@@ -47,14 +48,23 @@ pub struct Options {
     pub host: bool,
     /// Requests in flight at most.
     pub queue_depth: u16,
+    /// Whether users get a mapped device.
+    pub map: Map,
 }
 
 impl Options {
     /// Checks what came in a request.
-    pub fn new(host: bool, queue_depth: Option<u32>) -> Result<Self, Fault> {
+    pub fn new(request: &v1::AttachVolumeRequest) -> Result<Self, Fault> {
+        let v1::AttachVolumeRequest { host, queue_depth, map, .. } = *request;
+        let map = match v1::Map::try_from(map) {
+            Ok(v1::Map::Unspecified) => Map::Auto,
+            Ok(v1::Map::Always) => Map::Always,
+            Ok(v1::Map::Never) => Map::Never,
+            Err(_) => return Err(Fault::invalid("map", format!("{map} is no way to map a device: update carrickd"))),
+        };
         let depth = queue_depth.unwrap_or(QUEUE_DEPTH_DEFAULT);
         match u16::try_from(depth) {
-            Ok(queue_depth) if (1..=QUEUE_DEPTH_MAX).contains(&depth) => Ok(Self { host, queue_depth }),
+            Ok(queue_depth) if (1..=QUEUE_DEPTH_MAX).contains(&depth) => Ok(Self { host, queue_depth, map }),
             _ => Err(Fault::invalid("queue_depth", format!("queue depth {depth} is not possible: it is 1 to {QUEUE_DEPTH_MAX}"))),
         }
     }
@@ -88,10 +98,10 @@ pub async fn attach(context: &Context, name: &str, options: Options) -> Result<P
         }
         None => {
             let volume = ready(&state, &name)?;
-            let Options { host, queue_depth } = options;
+            let Options { host, queue_depth, map } = options;
             let since_unix = unix_now();
             let phase = AttachmentPhase::Attaching;
-            let record = AttachmentRecord { volume: volume.id, host, queue_depth, phase, since_unix, number: Attachment::NONE };
+            let record = AttachmentRecord { volume: volume.id, host, queue_depth, phase, since_unix, number: Attachment::NONE, map };
             context.apply(Mutation::PutAttachment(record)).await?;
             bring_up(context, volume).await
         }
@@ -113,6 +123,13 @@ fn same_options(volume: &VolumeRecord, there: &AttachmentRecord, asked: Options)
         format!("volume {name} is attached {}, not {}", how(there.host), how(asked.host))
     } else if there.queue_depth != asked.queue_depth {
         format!("volume {name} is attached with queue depth {}, not {}", there.queue_depth, asked.queue_depth)
+    } else if there.map != asked.map {
+        let how = |map| match map {
+            Map::Auto => "mapped where this kernel needs it",
+            Map::Always => "always mapped",
+            Map::Never => "never mapped",
+        };
+        format!("volume {name} is attached to be {}, not {}", how(there.map), how(asked.map))
     } else {
         return Ok(());
     };

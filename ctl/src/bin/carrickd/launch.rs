@@ -239,6 +239,7 @@ fn target_config(context: &Context, state: &State, id: ProcessId) -> Option<Targ
         records: Some(context.run.records_socket()),
         attachment: attachment.number,
         limits: volume.limits,
+        map: attachment.map,
     })
 }
 

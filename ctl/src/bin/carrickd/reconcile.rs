@@ -250,7 +250,15 @@ mod tests {
         }
 
         fn attachment(mut self, phase: AttachmentPhase) -> Self {
-            let record = AttachmentRecord { volume: VOLUME, host: false, queue_depth: 128, phase, since_unix: 0, number: Attachment::NONE };
+            let record = AttachmentRecord {
+                volume: VOLUME,
+                host: false,
+                queue_depth: 128,
+                phase,
+                since_unix: 0,
+                number: Attachment::NONE,
+                map: carrick_replicator::control::Map::Auto,
+            };
             self.state.attachments.insert(VOLUME, record);
             self
         }

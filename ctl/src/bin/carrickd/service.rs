@@ -215,9 +215,9 @@ impl VolumeService for Services {
     }
 
     async fn attach_volume(&self, request: Request<v1::AttachVolumeRequest>) -> Result<Response<v1::AttachVolumeResponse>, Status> {
-        let v1::AttachVolumeRequest { name, host, queue_depth } = request.into_inner();
-        let options = attach::Options::new(host, queue_depth)?;
-        let device = self.change(move |context| async move { attach::attach(&context, &name, options).await }).await?;
+        let request = request.into_inner();
+        let options = attach::Options::new(&request)?;
+        let device = self.change(move |context| async move { attach::attach(&context, &request.name, options).await }).await?;
         Ok(Response::new(v1::AttachVolumeResponse { device: device.display().to_string() }))
     }
 

@@ -6,7 +6,7 @@ use carrick_backing_store::size::HumanSize;
 use carrick_backing_store::{StoreId, StoreUsage, VolumeId};
 use carrick_ctl::v1;
 use carrick_replicator::control::{
-    DamagedReplica, MemberReport, MemberState, ReplicaProcessStatus, ScrubReport, TargetPhase, TargetStatus, VerificationReport,
+    DamagedReplica, Map, MemberReport, MemberState, ReplicaProcessStatus, ScrubReport, TargetPhase, TargetStatus, VerificationReport,
 };
 
 use crate::metadata::{AttachmentPhase, AttachmentRecord, SalvageRecord, State, StoreRecord, VolumePhase, VolumeRecord};
@@ -275,6 +275,12 @@ fn attachment_message(record: &AttachmentRecord, target: Option<&Answer<TargetSt
         state: state.into(),
         host: record.host,
         queue_depth: record.queue_depth.into(),
+        map: match record.map {
+            Map::Auto => v1::Map::Unspecified,
+            Map::Always => v1::Map::Always,
+            Map::Never => v1::Map::Never,
+        }
+        .into(),
         device: None,
         term: None,
         phase: v1::TargetPhase::Unspecified.into(),

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use carrick_backing_store::{ByteLength, StoreId, Term, VolumeId, VolumeSize};
 use carrick_ctl::name::VolumeName;
-use carrick_replicator::control::VolumeConfig;
+use carrick_replicator::control::{Map, VolumeConfig};
 use carrick_replicator::engine::{Attachment, ConfigVersion};
 use carrick_replicator::limits::Limits;
 use serde::{Deserialize, Serialize};
@@ -136,6 +136,9 @@ pub struct AttachmentRecord {
     /// Which of the volume's attachments this is: given by [`super::State`]. Those of before have none.
     #[serde(default)]
     pub number: Attachment,
+    /// Whether users get a mapped device.
+    #[serde(default, skip_serializing_if = "Map::is_auto")]
+    pub map: Map,
 }
 
 /// Where an attachment stands.

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 
 use carrick_backing_store::{ByteLength, Term};
 use carrick_ctl::fault::{Fault, Reason};
+use carrick_replicator::control::Map;
 use carrick_replicator::engine::{Attachment, ConfigVersion};
 use carrick_replicator::limits::Limits;
 
@@ -66,6 +67,7 @@ pub fn attachment(number: u8, phase: AttachmentPhase) -> AttachmentRecord {
         volume: VolumeId::from_bytes([number; 16]),
         host: false,
         queue_depth: 128,
+        map: Map::Auto,
         phase,
         since_unix: 1_700_000_002,
         number: Attachment::new(1),
