@@ -4,8 +4,14 @@ use std::error::Error;
 use std::fs;
 use std::path::PathBuf;
 
-const PROTO: [&str; 5] =
-    ["carrick/v1/error.proto", "carrick/v1/node.proto", "carrick/v1/operation.proto", "carrick/v1/store.proto", "carrick/v1/volume.proto"];
+const PROTO: [&str; 6] = [
+    "carrick/v1/error.proto",
+    "carrick/v1/event.proto",
+    "carrick/v1/node.proto",
+    "carrick/v1/operation.proto",
+    "carrick/v1/store.proto",
+    "carrick/v1/volume.proto",
+];
 
 /// Enum fields, and the function of `crate::json` that writes them as words.
 const ENUM_FIELDS: [(&str, &str); 10] = [

@@ -3,6 +3,8 @@
 //! Each test has a node of its own in a temporary folder, needs no root, and waits for states, never for times.
 
 #[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
+mod events;
+#[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
 mod expand;
 mod replicas;
 #[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
@@ -534,7 +536,7 @@ fn clients_of_any_language_find_health_reflection_and_typed_errors() {
     runtime.block_on(async {
         let channel = tonic::transport::Endpoint::from_shared(socket).unwrap().connect().await.unwrap();
         let mut health = tonic_health::pb::health_client::HealthClient::new(channel.clone());
-        for service in ["", "carrick.v1.StoreService", "carrick.v1.VolumeService", "carrick.v1.NodeService"] {
+        for service in ["", "carrick.v1.StoreService", "carrick.v1.VolumeService", "carrick.v1.EventService", "carrick.v1.NodeService"] {
             let request = tonic_health::pb::HealthCheckRequest { service: service.into() };
             assert_eq!(health.check(request).await.unwrap().into_inner().status, 1, "{service}");
         }

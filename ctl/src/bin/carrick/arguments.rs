@@ -8,6 +8,7 @@ use carrick_replicator::control::RunDirectory;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
+use crate::events::Events;
 use crate::settings::Setting;
 
 /// Printed below the help: scripts rely on it.
@@ -74,6 +75,8 @@ pub enum Command {
         /// The volume's name
         name: String,
     },
+    /// Tell what happened to volumes and stores, and when
+    Events(Events),
     /// Show how this node does
     Status,
     /// Check whether this machine can do what Carrick needs, and whether flushes reach its disks; run it as root

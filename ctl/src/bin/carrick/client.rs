@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use carrick_ctl::v1::event_service_client::EventServiceClient;
 use carrick_ctl::v1::node_service_client::NodeServiceClient;
 use carrick_ctl::v1::operation_service_client::OperationServiceClient;
 use carrick_ctl::v1::store_service_client::StoreServiceClient;
@@ -63,6 +64,11 @@ impl Client {
     /// Calls about operations.
     pub fn operations(&self) -> OperationServiceClient<Channel> {
         OperationServiceClient::new(self.channel.clone())
+    }
+
+    /// Calls about what happened.
+    pub fn events(&self) -> EventServiceClient<Channel> {
+        EventServiceClient::new(self.channel.clone())
     }
 
     /// Calls about the node.

@@ -12,6 +12,7 @@ use crate::arguments::{Arguments, Attach, Command, Detach, MapWhen, OperationCom
 use crate::bench;
 use crate::client::{Client, change, question};
 use crate::doctor;
+use crate::events::{self, Events};
 use crate::report::Problem;
 use crate::settings;
 use crate::words;
@@ -29,19 +30,27 @@ struct Output {
 impl Output {
     /// Shows a result: as JSON, or in words.
     fn show<T: Serialize>(&self, result: &T, words: impl FnOnce(&T) -> String) -> Result<(), Problem> {
-        self.write(if self.json { serde_json::to_string_pretty(result).map_err(Problem::local)? + "\n" } else { words(result) })
+        self.write(if self.json { serde_json::to_string_pretty(result).map_err(Problem::local)? + "\n" } else { words(result) }).map(drop)
     }
 
-    /// Shows one of many results: as JSON, one in a line.
-    fn show_next<T: Serialize>(&self, result: &T, words: impl FnOnce(&T) -> String) -> Result<(), Problem> {
+    /// Shows one of many results: as JSON, one in a line. `false`: nobody reads any more.
+    fn show_next<T: Serialize>(&self, result: &T, words: impl FnOnce(&T) -> String) -> Result<bool, Problem> {
         self.write(if self.json { serde_json::to_string(result).map_err(Problem::local)? + "\n" } else { words(result) })
     }
 
-    fn write(&self, text: String) -> Result<(), Problem> {
+    /// Tells somebody who watches. Programs see it by themselves.
+    fn remark(&self, text: &str) {
+        if !self.json {
+            // Nobody to tell if this fails.
+            let _ = writeln!(io::stderr(), "carrick: {text}");
+        }
+    }
+
+    fn write(&self, text: String) -> Result<bool, Problem> {
         match io::stdout().lock().write_all(text.as_bytes()) {
             // The reader has seen enough (`carrick volume list | head -1`).
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            result => result.map_err(Problem::local),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+            result => result.map(|()| true).map_err(Problem::local),
         }
     }
 }
@@ -62,6 +71,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Problem> {
             let answer = client.await?.volumes().explain_volume(question(v1::ExplainVolumeRequest { name })).await?.into_inner();
             output.show(&answer, words::explanation)
         }
+        Command::Events(arguments) => tell_events(client.await?, &output, &socket, arguments).await,
         Command::Doctor => doctor(client.await, &output).await,
         Command::Status => {
             let status = client.await?.node().get_status(question(v1::GetStatusRequest {})).await?.into_inner();
@@ -196,13 +206,23 @@ async fn operation(client: &Client, output: &Output, command: OperationCommand) 
             output.show(&answer.operation.unwrap_or_default(), words::operation)
         }
         OperationCommand::Watch { operation } => {
-            watch_operation(client, operation, |operation| output.show_next(operation, words::operation_line)).await.map(drop)
+            let tell = |operation: &v1::Operation| output.show_next(operation, words::operation_line).map(drop);
+            watch_operation(client, operation, tell).await.map(drop)
         }
         OperationCommand::Cancel { operation } => {
             let answer = operations.cancel_operation(change(v1::CancelOperationRequest { operation })).await?.into_inner();
             output.show(&answer.operation.unwrap_or_default(), words::operation)
         }
     }
+}
+
+async fn tell_events(client: Client, output: &Output, socket: &Path, arguments: Events) -> Result<(), Problem> {
+    let request = arguments.request();
+    if request.follow {
+        let tell = |event: &v1::Event| output.show_next(event, words::event_line);
+        return events::follow(socket, client, request, tell, || output.remark("carrickd is away; this goes on when it is back")).await;
+    }
+    output.show(&events::read(&client, request).await?, |events| words::events(events))
 }
 
 /// Tells each change; returns what came last.

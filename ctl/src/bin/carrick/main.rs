@@ -6,6 +6,7 @@ mod bench;
 mod client;
 mod commands;
 mod doctor;
+mod events;
 mod report;
 mod settings;
 mod table;

@@ -1,5 +1,6 @@
 //! What the daemon answers, for people.
 
+mod events;
 mod operations;
 
 use std::fmt::Write;
@@ -13,6 +14,7 @@ use carrick_ctl::v1::{
 
 use crate::table::Table;
 
+pub use events::{event_line, events};
 pub use operations::{expansion, explanation, operation, operation_line, operations};
 
 /// What a cell without content shows.

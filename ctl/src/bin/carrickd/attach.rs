@@ -140,17 +140,18 @@ fn same_options(volume: &VolumeRecord, there: &AttachmentRecord, asked: Options)
 async fn bring_up(context: &Context, volume: &VolumeRecord) -> Result<PathBuf, Fault> {
     match wait_until_serving(context, volume, true).await {
         Ok(device) => {
-            set_phase(context, volume.id, AttachmentPhase::Attached).await?;
+            set_phase(context, volume.id, AttachmentPhase::Attached, Some(device.display().to_string())).await?;
             tracing::info!(volume = %volume.name, device = %device.display(), "attached");
             Ok(device)
         }
         Err(fault) => {
             tracing::warn!(volume = %volume.name, error = %fault, "the attachment is taken back");
             let ended_by_itself = observed_process(context, volume.id).is_some_and(|process| process.pid().is_none());
+            let why = Some(fault.message.clone());
             let undone = if ended_by_itself {
-                remove_attachment(context, volume.id).await
+                remove_attachment(context, volume.id, why).await
             } else {
-                set_phase(context, volume.id, AttachmentPhase::Detaching { force: false }).await?;
+                set_phase(context, volume.id, AttachmentPhase::Detaching { force: false }, why).await?;
                 take_device_away(context, volume, false, IfItFails::TryAgain).await
             };
             let message = match undone {
@@ -233,7 +234,7 @@ pub async fn detach(context: &Context, name: &str, force: bool) -> Result<(), Fa
     if !state.attachments.contains_key(&volume.id) {
         return Ok(());
     }
-    set_phase(context, volume.id, AttachmentPhase::Detaching { force }).await?;
+    set_phase(context, volume.id, AttachmentPhase::Detaching { force }, None).await?;
     take_device_away(context, volume, force, IfItFails::StayAttached).await
 }
 
@@ -272,7 +273,7 @@ async fn take_device_away(context: &Context, volume: &VolumeRecord, force: bool,
     if let Some(pidfd) = context.node.pidfd(id) {
         launch::kill_unless_it_ends(id, &pidfd).await;
     }
-    remove_attachment(context, volume.id).await?;
+    remove_attachment(context, volume.id, None).await?;
     tracing::info!(volume = %volume.name, "detached");
     Ok(())
 }
@@ -289,11 +290,12 @@ async fn not_detached(
     if let CallError::Refused(refused) = &error
         && refused.code == ControlErrorCode::Busy
     {
-        set_phase(context, volume.id, AttachmentPhase::Attached).await?;
+        set_phase(context, volume.id, AttachmentPhase::Attached, Some(refused.message.clone())).await?;
         return Ok(Fault::new(Reason::DeviceBusy, name, refused.message.clone()));
     }
     if if_it_fails == IfItFails::StayAttached {
-        set_phase(context, volume.id, AttachmentPhase::Attached).await?;
+        let why = format!("its carrick-target {error}");
+        set_phase(context, volume.id, AttachmentPhase::Attached, Some(why)).await?;
     }
     let hint = if force { String::new() } else { format!("; carrick detach --force {name} restarts a target that hangs") };
     let message = format!("volume {name} can't be detached: its carrick-target {error}{hint}");
@@ -313,6 +315,7 @@ async fn ask_to_detach(context: &Context, volume: &VolumeRecord, force: bool) ->
             let before = context.node.pidfd(id);
             if let Some(pidfd) = before {
                 tracing::warn!(volume = %volume.name, pid = pidfd.pid(), "the target hangs and is killed");
+                context.node.send(Event::Killed(id)).await;
                 pidfd.kill();
                 let _ = tokio::time::timeout(
                     GONE_LIMIT,
@@ -347,16 +350,17 @@ async fn wait_until_answering(context: &Context, id: ProcessId) -> Result<(), Ca
     }
 }
 
-async fn set_phase(context: &Context, volume: VolumeId, phase: AttachmentPhase) -> Result<(), Fault> {
+/// `remark`: what the log is to say of it.
+async fn set_phase(context: &Context, volume: VolumeId, phase: AttachmentPhase, remark: Option<String>) -> Result<(), Fault> {
     if let Some(record) = context.state().attachments.get(&volume) {
-        context.apply(Mutation::PutAttachment(AttachmentRecord { phase, ..record.clone() })).await?;
+        context.apply_saying(remark, Mutation::PutAttachment(AttachmentRecord { phase, ..record.clone() })).await?;
     }
     Ok(())
 }
 
 /// Removes the record and waits until the loop has forgotten the process, so that a following attachment starts afresh.
-async fn remove_attachment(context: &Context, volume: VolumeId) -> Result<(), Fault> {
-    context.apply(Mutation::RemoveAttachment(volume)).await?;
+async fn remove_attachment(context: &Context, volume: VolumeId, remark: Option<String>) -> Result<(), Fault> {
+    context.apply_saying(remark, Mutation::RemoveAttachment(volume)).await?;
     let id = ProcessId::Target(volume);
     tokio::time::timeout(GONE_LIMIT, context.node.wait_gone(id))
         .await

@@ -11,7 +11,7 @@ use carrick_replicator::control::RunDirectory;
 use tokio::sync::{Notify, RwLockReadGuard};
 
 use crate::locks::Locks;
-use crate::metadata::{MetadataError, MetadataStore, Mutation, State};
+use crate::metadata::{MetadataError, MetadataStore, Mutation, NewEvent, Occasion, State};
 use crate::node::NodeHandle;
 use crate::observed::ProcessId;
 
@@ -43,6 +43,10 @@ pub struct Context {
     pub crash_at: Option<String>,
     /// Whoever may copy may have changed.
     pub rates: Notify,
+    /// Something was noted that is not written down yet.
+    pub noted: Notify,
+    /// Whether this daemon ends: then whoever waits for news has waited long enough.
+    pub ending: tokio::sync::watch::Sender<bool>,
     /// When this carrickd started.
     pub started: Instant,
 }
@@ -84,8 +88,14 @@ impl Context {
 
     /// Changes what is wanted, durably, and lets the node follow.
     pub async fn apply(&self, mutation: Mutation) -> Result<Arc<State>, Fault> {
+        self.apply_saying(None, mutation).await
+    }
+
+    /// The same, with something that the log is to say of it: why, or with which result.
+    pub async fn apply_saying(&self, remark: Option<String>, mutation: Mutation) -> Result<Arc<State>, Fault> {
         let is_operation = matches!(mutation, Mutation::PutOperation(_));
-        let state = self.metadata.apply(mutation).await.map_err(metadata_fault)?;
+        let occasion = Occasion { at_unix: unix_now(), remark };
+        let state = self.metadata.apply_on(occasion, mutation).await.map_err(metadata_fault)?;
         if is_operation {
             self.operations.send_replace(());
         }
@@ -97,6 +107,14 @@ impl Context {
     pub fn follow(&self) {
         self.node.poke();
         self.rates.notify_one();
+    }
+
+    /// Something happened that no change tells of. It is written down soon, or with the next change.
+    pub fn note(&self, events: Vec<NewEvent>) {
+        if !events.is_empty() {
+            self.metadata.note(events);
+            self.noted.notify_one();
+        }
     }
 
     /// Dies here, if a test wants that.

@@ -6,11 +6,11 @@ use std::time::Duration;
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1;
 
-use crate::metadata::VolumeRecord;
+use crate::metadata::{EventKind, EventLog, SubjectId, VolumeRecord};
 use crate::view::View;
 
 /// Explains one volume. Nothing found: it is as it should be.
-pub fn explain(view: &View<'_>, record: &VolumeRecord, replace_after: Option<Duration>) -> v1::ExplainVolumeResponse {
+pub fn explain(view: &View<'_>, record: &VolumeRecord, replace_after: Option<Duration>, log: &EventLog) -> v1::ExplainVolumeResponse {
     let volume = view.volume(record);
     let mut findings = Vec::new();
     match volume.state() {
@@ -46,9 +46,26 @@ pub fn explain(view: &View<'_>, record: &VolumeRecord, replace_after: Option<Dur
             }));
         }
     }
+    for finding in findings.iter_mut().filter(|finding| finding.since_unix.is_none()) {
+        finding.since_unix = since(log, SubjectId::Volume(record.id), &finding.reason);
+    }
     let stalls = |finding: &v1::Finding| matches!(finding.reason.as_str(), "IO_WAITS" | "TARGET_DOWN" | "ATTACHING" | "DETACHING");
     let serves = volume.attachment.is_some() && !findings.iter().any(stalls);
     v1::ExplainVolumeResponse { volume: volume.name, serves, findings }
+}
+
+/// Since when that is so, if the log tells: nothing has happened after it that ended it.
+fn since(log: &EventLog, subject: SubjectId, reason: &str) -> Option<u64> {
+    use EventKind::{
+        Attached, DetachFailed, Detaching, ProcessCrashed, ProcessFailed, ProcessRecovered, ProcessReplaced, ProcessSilent, ProcessStarted,
+    };
+    let (begins, ends): (&[_], &[_]) = match reason {
+        "DETACHING" => (&[Detaching], &[DetachFailed, Attached]),
+        "TARGET_DOWN" => (&[ProcessCrashed, ProcessFailed, ProcessReplaced, ProcessSilent], &[ProcessRecovered, ProcessStarted, Attached]),
+        _ => return None,
+    };
+    let last = log.last_of(subject, |event| begins.contains(&event.kind) || ends.contains(&event.kind))?;
+    begins.contains(&last.kind).then_some(last.last_unix)
 }
 
 fn finding(reason: &str, message: String, next: &str, advice: &str) -> v1::Finding {
@@ -189,6 +206,24 @@ mod tests {
         assert!(away.next.contains("600 s"), "{away:?}");
         let never = of_replica(&replica(Missing), None, None, false).unwrap();
         assert!(never.next.contains("never"), "{never:?}");
+    }
+
+    #[test]
+    fn the_log_tells_since_when_if_nothing_came_after() {
+        use crate::metadata::{NewEvent, Subject};
+        let mut log = EventLog::default();
+        let id = carrick_backing_store::VolumeId::from_bytes([5; 16]);
+        let mut add = |kind, at_unix| {
+            let subject = Subject::Volume { id, name: "vm1".parse().unwrap() };
+            log.add(vec![NewEvent { at_unix, kind, subject, replica: None, text: String::new() }], |_| true);
+            ["TARGET_DOWN", "DETACHING", "IO_WAITS"].map(|reason| since(&log, SubjectId::Volume(id), reason))
+        };
+        assert_eq!(add(EventKind::Attached, 7), [None; 3]);
+        assert_eq!(add(EventKind::ProcessCrashed, 8), [Some(8), None, None]);
+        assert_eq!(add(EventKind::ReplicaLeftOut, 9), [Some(8), None, None]);
+        assert_eq!(add(EventKind::ProcessRecovered, 10), [None; 3]);
+        assert_eq!(add(EventKind::Detaching, 11), [None, Some(11), None]);
+        assert_eq!(add(EventKind::DetachFailed, 12), [None; 3]);
     }
 
     #[test]

@@ -53,6 +53,8 @@ pub enum IfAbsent {
 struct Running {
     pidfd: Arc<PidFd>,
     log_start: u64,
+    /// Somebody else started it.
+    adopted: bool,
 }
 
 /// Finds or starts a process, and reports its life until it ends.
@@ -60,7 +62,7 @@ pub async fn look_after(context: Arc<Context>, id: ProcessId, if_absent: IfAbsen
     let mut running = match find(&context.control_socket(id)).await {
         Ok(Some(pidfd)) => {
             tracing::info!(process = %id, pid = pidfd.pid(), "adopted");
-            Running { pidfd, log_start: log_length(&context.log_file(id)) }
+            Running { pidfd, log_start: log_length(&context.log_file(id)), adopted: true }
         }
         Ok(None) if if_absent == IfAbsent::Report => return context.node.send(Event::Absent(id)).await,
         Ok(None) => match start(&context, id).await {
@@ -78,7 +80,7 @@ pub async fn look_after(context: Arc<Context>, id: ProcessId, if_absent: IfAbsen
             && let Some(pidfd) = find_within(&context.control_socket(id), OTHER_LIMIT).await
         {
             tracing::info!(process = %id, pid = pidfd.pid(), "adopted another one that was faster");
-            running = Running { pidfd, log_start: log_length(&context.log_file(id)) };
+            running = Running { pidfd, log_start: log_length(&context.log_file(id)), adopted: true };
             continue;
         }
         return context.node.send(Event::Ended { process: id, exit }).await;
@@ -100,7 +102,7 @@ fn found_another(context: &Context, id: ProcessId, exit: &Exit) -> bool {
 /// Reports a running process's life; returns how it ended.
 async fn watch(context: &Context, id: ProcessId, running: &Running) -> Exit {
     context.node.register(id, &running.pidfd);
-    context.node.send(Event::Alive { process: id, pid: running.pidfd.pid() }).await;
+    context.node.send(Event::Alive { process: id, pid: running.pidfd.pid(), adopted: running.adopted }).await;
     tokio::select! {
         biased;
         () = running.pidfd.ended() => {}
@@ -174,7 +176,7 @@ async fn start(context: &Arc<Context>, id: ProcessId) -> Result<Running, Exit> {
     // Not reaped yet, so the number is still this child's.
     let pidfd = PidFd::open(pid).map_err(|error| Exit::failed(format!("can't watch process {pid}: {error}")))?;
     tracing::info!(process = %id, pid, "started");
-    Ok(Running { pidfd: Arc::new(pidfd), log_start })
+    Ok(Running { pidfd: Arc::new(pidfd), log_start, adopted: false })
 }
 
 /// Does what waits for the disk, or copies the process: not for the loop's thread.

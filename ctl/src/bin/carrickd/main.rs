@@ -4,9 +4,11 @@
 mod attach;
 mod context;
 mod control;
+mod events;
 mod expand;
 mod explain;
 mod launch;
+mod lives;
 mod locks;
 mod metadata;
 mod moves;
@@ -150,6 +152,8 @@ fn serve(arguments: &Arguments) -> anyhow::Result<()> {
         operations: tokio::sync::watch::Sender::default(),
         crash_at: arguments.crash_at.clone(),
         rates: Notify::new(),
+        noted: Notify::new(),
+        ending: tokio::sync::watch::Sender::default(),
         started: Instant::now(),
     });
     let result = runtime.block_on(run(Arc::clone(&context), inbox));
@@ -169,15 +173,18 @@ async fn run(context: Arc<Context>, inbox: node::NodeInbox) -> anyhow::Result<()
     let stores = v1::store_service_server::StoreServiceServer::new(services.clone());
     let volumes = v1::volume_service_server::VolumeServiceServer::new(services.clone());
     let operations = v1::operation_service_server::OperationServiceServer::new(services.clone());
+    let events = v1::event_service_server::EventServiceServer::new(services.clone());
     let nodes = v1::node_service_server::NodeServiceServer::new(services);
     health_reporter.set_serving::<v1::store_service_server::StoreServiceServer<Services>>().await;
     health_reporter.set_serving::<v1::volume_service_server::VolumeServiceServer<Services>>().await;
     health_reporter.set_serving::<v1::operation_service_server::OperationServiceServer<Services>>().await;
+    health_reporter.set_serving::<v1::event_service_server::EventServiceServer<Services>>().await;
     health_reporter.set_serving::<v1::node_service_server::NodeServiceServer<Services>>().await;
     let reflection = tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(v1::DESCRIPTORS).build_v1()?;
 
     tokio::spawn(records::serve(Arc::clone(&context), records_listener));
     tokio::spawn(node::run(Arc::clone(&context), inbox));
+    tokio::spawn(events::write_down(Arc::clone(&context)));
     if context.rebuild_rate.is_some() {
         tokio::spawn(pace::run(Arc::clone(&context)));
     }
@@ -189,6 +196,7 @@ async fn run(context: Arc<Context>, inbox: node::NodeInbox) -> anyhow::Result<()
         .add_service(stores)
         .add_service(volumes)
         .add_service(operations)
+        .add_service(events)
         .add_service(nodes)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move { ends.notified().await });
     tracing::info!(version = env!("CARGO_PKG_VERSION"), run_dir = %context.run.root().display(), "serving");
@@ -201,8 +209,11 @@ async fn run(context: Arc<Context>, inbox: node::NodeInbox) -> anyhow::Result<()
         _ = interrupt.recv() => tracing::info!("ending on SIGINT; stores and volumes go on"),
         () = end.notified() => tracing::info!("everything is shut down"),
     }
+    context.ending.send_replace(true);
     ending.notify_one();
     // Over the limit, the calls are given up.
     let _ = tokio::time::timeout(LAST_CALLS_LIMIT, server).await;
+    // A disk that hangs must not keep the daemon.
+    let _ = tokio::time::timeout(LAST_CALLS_LIMIT, context.metadata.flush()).await;
     Ok(())
 }

@@ -14,7 +14,7 @@ use carrick_replicator::control::MemberState;
 use crate::context::Context;
 use crate::control;
 use crate::metadata::{Mutation, VolumeRecord};
-use crate::observed::ProcessId;
+use crate::observed::{Event, ProcessId};
 use crate::volumes::{REPLICAS_MAX, delete_replica, make_replica, parse_name, ready};
 use crate::{stores, survey};
 
@@ -40,7 +40,7 @@ pub async fn replace(context: &Context, name: &str, old: &str, with: Option<&str
         return Err(Fault::new(Reason::ReplicaCounts, &name, message));
     }
     let new = stores::choose_another(context, volume, with).await?;
-    let record = begin(context, volume, old.id, new).await?;
+    let record = begin(context, volume, [old.id, new], "that was asked for").await?;
     // The old one is deleted when its store answers: that is not for the caller to wait for.
     join(context, record).await?;
     Ok(volume.id)
@@ -82,12 +82,12 @@ pub async fn replace_lost(context: &Context, volume: VolumeRecord, store: StoreI
         return Ok(false);
     }
     let new = stores::choose_another(context, &volume, None).await?;
-    let record = begin(context, &volume, store, new).await?;
+    let record = begin(context, &volume, [store, new], "the old one hasn't counted for long").await?;
     join(context, record).await?;
     Ok(true)
 }
 
-async fn begin(context: &Context, volume: &VolumeRecord, old: StoreId, new: StoreId) -> Result<VolumeRecord, Fault> {
+async fn begin(context: &Context, volume: &VolumeRecord, [old, new]: [StoreId; 2], why: &str) -> Result<VolumeRecord, Fault> {
     tracing::info!(volume = %volume.name, %old, %new, "a replica is replaced");
     let mut record = volume.clone();
     record.replicas.iter_mut().filter(|store| **store == old).for_each(|store| *store = new);
@@ -95,7 +95,9 @@ async fn begin(context: &Context, volume: &VolumeRecord, old: StoreId, new: Stor
     record.joining.retain(|store| *store != old);
     record.joining.push(new);
     record.leaving.push(old);
-    change(context, volume.clone(), record).await
+    let mutation = Mutation::ReplaceVolume { expected: volume.clone().into(), new: record.clone().into() };
+    context.apply_saying(Some(why.to_owned()), mutation).await?;
+    Ok(record)
 }
 
 /// Goes on with what [`begin`] wrote down. What can't be done yet is left for when its store answers.
@@ -113,7 +115,9 @@ pub async fn join(context: &Context, volume: VolumeRecord) -> Result<VolumeRecor
     if volume.joining.is_empty() {
         return Ok(volume);
     }
-    if let Some(target) = context.node.pidfd(ProcessId::Target(volume.id)) {
+    let id = ProcessId::Target(volume.id);
+    if let Some(target) = context.node.pidfd(id) {
+        context.node.send(Event::Killed(id)).await;
         target.kill();
     }
     change(context, volume.clone(), VolumeRecord { joining: Vec::new(), ..volume }).await

@@ -10,11 +10,10 @@ use std::time::Instant;
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::context::{Context, unix_now};
-use crate::launch;
 use crate::observed::{Event, Observed, ProcessId};
 use crate::pidfd::PidFd;
 use crate::reconcile::{Action, Moment, Work, reconcile};
-use crate::volumes;
+use crate::{launch, lives, volumes};
 
 /// Events that wait for the loop at most. It takes microseconds for each; a sender would wait.
 const EVENTS_MAX: usize = 1024;
@@ -127,7 +126,7 @@ async fn wait(context: &Context, events: &mut mpsc::Receiver<Event>, observed: &
     };
     tokio::select! {
         event = events.recv() => match event {
-            Some(event) => note(observed, event),
+            Some(event) => note(context, observed, event),
             // Impossible while the context holds a sender.
             None => std::future::pending().await,
         },
@@ -135,17 +134,22 @@ async fn wait(context: &Context, events: &mut mpsc::Receiver<Event>, observed: &
         () = timer => {}
     }
     while let Ok(event) = events.try_recv() {
-        note(observed, event);
+        note(context, observed, event);
     }
 }
 
-fn note(observed: &mut Observed, event: Event) {
+fn note(context: &Context, observed: &mut Observed, event: Event) {
     match &event {
         Event::Ended { process, exit } => tracing::info!(%process, %exit, "a process is gone"),
         Event::Hung(process) => tracing::warn!(%process, "a process runs but doesn't answer"),
         _ => tracing::debug!(?event, "event"),
     }
+    let process = event.process();
+    let before = process.and_then(|id| observed.processes.get(&id)).cloned();
     observed.on_event(event, Instant::now());
+    if let Some((id, after)) = process.and_then(|id| Some((id, observed.processes.get(&id)?))) {
+        context.note(lives::told(&context.state(), id, before.as_ref(), after, unix_now()));
+    }
 }
 
 fn publish(sender: &watch::Sender<Arc<Observed>>, observed: &Observed) {

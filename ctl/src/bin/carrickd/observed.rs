@@ -121,6 +121,10 @@ pub struct Process {
     pub last_exit: Option<Exit>,
     /// Whether it is being asked to end, by an operation.
     pub request: EndRequest,
+    /// Whether an earlier carrickd started the one that runs, or ran last.
+    pub adopted: bool,
+    /// Whether this carrickd kills it, to start another.
+    pub killed: bool,
 }
 
 /// Where an operation's request to a process to end stands.
@@ -136,7 +140,7 @@ pub enum EndRequest {
 
 impl Process {
     fn new(state: ProcessState) -> Self {
-        Self { state, restarts: 0, quick_deaths: 0, last_exit: None, request: EndRequest::None }
+        Self { state, restarts: 0, quick_deaths: 0, last_exit: None, request: EndRequest::None, adopted: false, killed: false }
     }
 
     /// Whether it answers on its control socket.
@@ -199,11 +203,15 @@ pub enum Event {
         process: ProcessId,
         /// Its process id.
         pid: u32,
+        /// Whether an earlier carrickd started it.
+        adopted: bool,
     },
     /// It answers.
     Answering(ProcessId),
     /// It doesn't answer in time.
     Hung(ProcessId),
+    /// It is about to be killed by this carrickd, so that another is started. Sent before.
+    Killed(ProcessId),
     /// It was looked for, and isn't there.
     Absent(ProcessId),
     /// An operation asks it to end. Sent before the request.
@@ -235,6 +243,25 @@ pub enum Event {
     Stopping(bool),
 }
 
+impl Event {
+    /// The process that it is about.
+    pub const fn process(&self) -> Option<ProcessId> {
+        match self {
+            Self::Found(process)
+            | Self::Alive { process, .. }
+            | Self::Answering(process)
+            | Self::Hung(process)
+            | Self::Killed(process)
+            | Self::Absent(process)
+            | Self::EndAsked(process)
+            | Self::EndAnswered { process, .. }
+            | Self::Ended { process, .. }
+            | Self::Refused(process) => Some(*process),
+            Self::Worked { .. } | Self::Stopping(_) => None,
+        }
+    }
+}
+
 impl Observed {
     /// Whether this process is there and answers on its control socket.
     pub fn answers(&self, id: ProcessId) -> bool {
@@ -247,8 +274,10 @@ impl Observed {
             Event::Found(id) => {
                 self.processes.entry(id).or_insert(Process::new(ProcessState::Unseen));
             }
-            Event::Alive { process, pid } => {
+            Event::Alive { process, pid, adopted } => {
                 let entry = self.process(process);
+                entry.adopted = adopted;
+                entry.killed = false;
                 entry.state = ProcessState::Alive { pid, since: now, answers: Answers::NotYet, ask_not_before: None };
                 if entry.request == EndRequest::Granted {
                     entry.request = EndRequest::None;
@@ -256,6 +285,7 @@ impl Observed {
             }
             Event::Answering(id) => self.set_answers(id, Answers::Yes),
             Event::Hung(id) => self.set_answers(id, Answers::Hung),
+            Event::Killed(id) => self.process(id).killed = true,
             Event::Absent(id) => self.process(id).state = ProcessState::Down { not_before: now },
             Event::EndAsked(id) => self.process(id).request = EndRequest::Asked,
             Event::EndAnswered { process, granted } => {
@@ -328,6 +358,7 @@ impl Observed {
         };
         entry.state = ProcessState::Down { not_before: now + pause };
         entry.last_exit = Some(if asked { Exit::Asked } else { exit });
+        entry.killed = false;
         if asked {
             entry.request = EndRequest::None;
         }
@@ -373,14 +404,14 @@ mod tests {
         let mut pauses = Vec::new();
         for _ in 0..10 {
             observed.on_launch(PROCESS);
-            observed.on_event(Event::Alive { process: PROCESS, pid: 1 }, now);
+            observed.on_event(Event::Alive { process: PROCESS, pid: 1, adopted: false }, now);
             now += Duration::from_secs(1);
             observed.on_event(died(), now);
             pauses.push(pause(&observed, now).as_millis());
         }
         assert_eq!(pauses, [0, 100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000]);
         assert_eq!(observed.processes[&PROCESS].restarts, 9);
-        observed.on_event(Event::Alive { process: PROCESS, pid: 1 }, now);
+        observed.on_event(Event::Alive { process: PROCESS, pid: 1, adopted: false }, now);
         now += STABLE_AFTER;
         observed.on_event(died(), now);
         assert_eq!(pause(&observed, now), Duration::ZERO);
@@ -390,16 +421,16 @@ mod tests {
     fn an_end_that_was_announced_or_asked_for_is_no_failure() {
         let now = Instant::now();
         let mut observed = Observed::default();
-        observed.on_event(Event::Alive { process: PROCESS, pid: 1 }, now);
+        observed.on_event(Event::Alive { process: PROCESS, pid: 1, adopted: false }, now);
         observed.on_event(Event::EndAsked(PROCESS), now);
         observed.on_event(Event::EndAnswered { process: PROCESS, granted: true }, now);
         observed.on_event(died(), now);
         assert_eq!(observed.processes[&PROCESS].last_exit, Some(Exit::Asked));
         // The announcement counts for that life only.
-        observed.on_event(Event::Alive { process: PROCESS, pid: 2 }, now);
+        observed.on_event(Event::Alive { process: PROCESS, pid: 2, adopted: false }, now);
         observed.on_event(died(), now);
         assert_eq!(observed.processes[&PROCESS].last_exit, Some(Exit::Died("killed".into())));
-        observed.on_event(Event::Alive { process: PROCESS, pid: 3 }, now);
+        observed.on_event(Event::Alive { process: PROCESS, pid: 3, adopted: false }, now);
         observed.on_stop(PROCESS);
         observed.on_event(died(), now);
         assert_eq!(observed.processes[&PROCESS].last_exit, Some(Exit::Asked));
@@ -410,7 +441,7 @@ mod tests {
         let now = Instant::now();
         for granted in [true, false] {
             let mut observed = Observed::default();
-            observed.on_event(Event::Alive { process: PROCESS, pid: 1 }, now);
+            observed.on_event(Event::Alive { process: PROCESS, pid: 1, adopted: false }, now);
             observed.on_event(Event::EndAsked(PROCESS), now);
             observed.on_event(died(), now);
             assert_eq!(observed.processes[&PROCESS].request, EndRequest::Asked);

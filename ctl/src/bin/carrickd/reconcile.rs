@@ -269,11 +269,11 @@ mod tests {
         }
 
         fn answering(self, process: ProcessId) -> Self {
-            self.event(Event::Alive { process, pid: 9 }).event(Event::Answering(process))
+            self.event(Event::Alive { process, pid: 9, adopted: false }).event(Event::Answering(process))
         }
 
         fn ended(self, process: ProcessId, exit: Exit) -> Self {
-            self.event(Event::Alive { process, pid: 9 }).event(Event::Ended { process, exit })
+            self.event(Event::Alive { process, pid: 9, adopted: false }).event(Event::Ended { process, exit })
         }
 
         fn busy(mut self) -> Self {
@@ -317,7 +317,7 @@ mod tests {
         store().does(&[Launch(REPLICA)]);
         store().event(Event::Found(REPLICA)).does(&[Launch(REPLICA)]);
         store().change(|o| o.on_launch(REPLICA)).does(&[]);
-        store().event(Event::Alive { process: REPLICA, pid: 1 }).does(&[]);
+        store().event(Event::Alive { process: REPLICA, pid: 1, adopted: false }).does(&[]);
         store().answering(REPLICA).does(&[]);
         store().answering(REPLICA).event(Event::Hung(REPLICA)).does(&[]);
         store().ended(REPLICA, killed()).does(&[Launch(REPLICA)]);

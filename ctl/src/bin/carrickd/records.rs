@@ -4,14 +4,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use carrick_backing_store::VolumeId;
+use carrick_backing_store::{StoreId, VolumeId};
 use carrick_replicator::control::{ControlError, ControlErrorCode, RecordsAnswer, RecordsRequest, VolumeConfig};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
 use crate::context::{Context, unix_now};
-use crate::metadata::{MetadataError, Mutation};
+use crate::metadata::{MetadataError, Mutation, Occasion};
+use crate::observed::ProcessId;
+use crate::survey;
 
 /// Connections at once: each target has one for a moment, now and then.
 const CONNECTIONS_MAX: usize = 64;
@@ -60,22 +62,37 @@ async fn converse(context: &Context, stream: UnixStream) -> std::io::Result<()> 
 async fn answer(context: &Context, request: RecordsRequest) -> RecordsAnswer {
     let volume = match request {
         RecordsRequest::Read { volume } => volume,
-        RecordsRequest::Swap { volume, next } => match context.metadata.apply(swap(volume, next)).await {
-            Ok(_) => {
-                // Who is left out may be replaced some day, or copied to.
-                context.follow();
-                volume
+        RecordsRequest::Swap { volume, next } => {
+            match context.metadata.apply_on(occasion(context, volume, &next), swap(volume, next)).await {
+                Ok(_) => {
+                    // Who is left out may be replaced some day, or copied to.
+                    context.follow();
+                    volume
+                }
+                // What it is now tells the target what happened.
+                Err(MetadataError::Changed(_)) => volume,
+                Err(error @ MetadataError::BadConfig(_)) => return refused(ControlErrorCode::Invalid, error),
+                Err(error) => return refused(ControlErrorCode::Failed, error),
             }
-            // What it is now tells the target what happened.
-            Err(MetadataError::Changed(_)) => volume,
-            Err(error @ MetadataError::BadConfig(_)) => return refused(ControlErrorCode::Invalid, error),
-            Err(error) => return refused(ControlErrorCode::Failed, error),
-        },
+        }
     };
     match config(context, volume) {
         Some(config) => RecordsAnswer::Config(config),
         None => refused(ControlErrorCode::NotFound, format!("there is no volume {volume}")),
     }
+}
+
+/// Why replicas are left out, as far as this daemon knows: the target says only that.
+fn occasion(context: &Context, volume: VolumeId, next: &VolumeConfig) -> Occasion {
+    let (state, observed) = (context.state(), context.node.observed());
+    let members = state.volumes.get(&volume).map_or_else(Vec::new, |record| record.config().members);
+    let left_out: Vec<StoreId> = members.into_iter().filter(|store| !next.members.contains(store)).collect();
+    let remark = match left_out[..] {
+        [store] => survey::why_silent(&observed, ProcessId::Replica(store)).map(|why| format!("its carrick-replica {why}")),
+        // What is known of one says nothing of another.
+        _ => None,
+    };
+    Occasion { at_unix: unix_now(), remark }
 }
 
 fn swap(volume: VolumeId, next: VolumeConfig) -> Mutation {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use carrick_backing_store::{ByteLength, VolumeId};
 use carrick_ctl::fault::{Fault, Reason};
 use carrick_ctl::v1;
+use carrick_ctl::v1::event_service_server::EventService;
 use carrick_ctl::v1::node_service_server::NodeService;
 use carrick_ctl::v1::operation_service_server::OperationService;
 use carrick_ctl::v1::store_service_server::StoreService;
@@ -23,7 +24,7 @@ use crate::settings::Changes;
 use crate::stores::NewStore;
 use crate::view::View;
 use crate::volumes::{NewVolume, not_found, parse_name};
-use crate::{attach, expand, explain, moves, operations, salvage, settings, shutdown, stores, survey, verify, volumes};
+use crate::{attach, events, expand, explain, moves, operations, salvage, settings, shutdown, stores, survey, verify, volumes};
 
 /// All services. Cheap to clone.
 #[derive(Clone)]
@@ -138,12 +139,13 @@ impl VolumeService for Services {
         let v1::ExplainVolumeRequest { name } = request.into_inner();
         let name = parse_name(&name)?;
         let replace_after = self.context.replace_after;
+        let log = Arc::clone(&self.context.metadata.log().borrow());
         let explained = self
             .look(|view| {
                 // One that is being deleted has no name any more, but is still asked after.
                 let named = || view.state.volumes.values().find(|volume| volume.name == name);
                 let record = view.state.volume_by_name(&name).or_else(named).ok_or_else(|| not_found(&name))?;
-                Ok::<_, Fault>(explain::explain(view, record, replace_after))
+                Ok::<_, Fault>(explain::explain(view, record, replace_after, &log))
             })
             .await?;
         Ok(Response::new(explained))
@@ -257,6 +259,15 @@ impl OperationService for Services {
         let state = self.context.state();
         let only = request.into_inner().operation.map(|text| operations::resolve(&state, &text).map(|operation| operation.id));
         Ok(Response::new(operations::watch(&self.context, only.transpose()?)))
+    }
+}
+
+#[tonic::async_trait]
+impl EventService for Services {
+    type ReadEventsStream = events::Reading;
+
+    async fn read_events(&self, request: Request<v1::ReadEventsRequest>) -> Result<Response<events::Reading>, Status> {
+        Ok(Response::new(events::read(&self.context, request.into_inner()).await?))
     }
 }
 

@@ -40,13 +40,17 @@ pub fn resolve<'a>(state: &'a State, text: &str) -> Result<&'a StoreRecord, Faul
     if let Some(record) = state.stores.values().find(|record| record.path == Path::new(text)) {
         return Ok(record);
     }
-    let wanted = text.to_ascii_lowercase();
-    let mut matches = state.stores.values().filter(|record| wanted.len() >= PREFIX_MIN && record.id.to_string().starts_with(&wanted));
+    let mut matches = state.stores.values().filter(|record| is_beginning(record.id, text));
     match (matches.next(), matches.next()) {
         (Some(record), None) => Ok(record),
         (Some(_), Some(_)) => Err(Fault::invalid("store", format!("{text:?} is the beginning of several stores' ids: write more of it"))),
         (None, _) => Err(Fault::new(Reason::StoreNotFound, text, format!("there is no store {text:?}; see carrick store list"))),
     }
+}
+
+/// Whether this is the beginning of a store's id that may stand for it.
+pub fn is_beginning(store: StoreId, text: &str) -> bool {
+    text.len() >= PREFIX_MIN && store.to_string().starts_with(&text.to_ascii_lowercase())
 }
 
 /// How a store is to be added.
@@ -99,7 +103,7 @@ pub async fn add(context: &Context, path: &str, new: NewStore) -> Result<StoreId
     let record = StoreRecord { id: identity.store, path, listen, insecure, added_unix: unix_now() };
     context.apply(Mutation::PutStore(record.clone())).await?;
     if let Err(fault) = wait_until_served(context, &record).await {
-        context.apply(Mutation::RemoveStore(record.id)).await?;
+        context.apply_saying(Some(fault.message.clone()), Mutation::RemoveStore(record.id)).await?;
         wait_gone(context, record.id).await?;
         return Err(fault);
     }

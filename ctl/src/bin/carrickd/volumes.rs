@@ -139,10 +139,10 @@ pub async fn create(context: &Context, new: NewVolume) -> Result<VolumeId, Fault
         return Ok(record.id);
     }
     if let Err(fault) = make_replicas(context, &record).await {
-        undo_creation(context, &record).await?;
+        undo_creation(context, &record, &fault.message).await?;
         return Err(fault);
     }
-    set_phase(context, &record, VolumePhase::Ready).await?;
+    set_phase(context, &record, VolumePhase::Ready, None).await?;
     tracing::info!(volume = %record.name, id = %record.id, "created");
     Ok(record.id)
 }
@@ -219,13 +219,14 @@ pub fn replica_fault(context: &Context, store: StoreId, error: CallError) -> Fau
     }
 }
 
-async fn set_phase(context: &Context, volume: &VolumeRecord, phase: VolumePhase) -> Result<VolumeRecord, Fault> {
+async fn set_phase(context: &Context, volume: &VolumeRecord, phase: VolumePhase, remark: Option<String>) -> Result<VolumeRecord, Fault> {
     let mut new = VolumeRecord { phase, ..volume.clone() };
     if phase == VolumePhase::Deleting {
         new.replicas.append(&mut new.leaving);
         new.joining.clear();
     }
-    context.apply(Mutation::ReplaceVolume { expected: volume.clone().into(), new: new.clone().into() }).await?;
+    let mutation = Mutation::ReplaceVolume { expected: volume.clone().into(), new: new.clone().into() };
+    context.apply_saying(remark, mutation).await?;
     Ok(new)
 }
 
@@ -242,16 +243,17 @@ pub async fn delete(context: &Context, name: &str) -> Result<Vec<StoreId>, Fault
         return Err(Fault::new(Reason::VolumeAttached, &name, message));
     }
     if let Some(operation) = state.running(volume.id) {
-        context.apply(Mutation::PutOperation(operation.given_up(unix_now()).into())).await?;
+        let remark = "the volume is deleted".into();
+        context.apply_saying(Some(remark), Mutation::PutOperation(operation.given_up(unix_now()).into())).await?;
     }
-    let volume = set_phase(context, volume, VolumePhase::Deleting).await?;
+    let volume = set_phase(context, volume, VolumePhase::Deleting, None).await?;
     tracing::info!(volume = %name, id = %volume.id, "deleting");
     delete_replicas(context, volume).await
 }
 
-async fn undo_creation(context: &Context, volume: &VolumeRecord) -> Result<bool, Fault> {
+async fn undo_creation(context: &Context, volume: &VolumeRecord, why: &str) -> Result<bool, Fault> {
     tracing::info!(volume = %volume.name, id = %volume.id, "its creation is undone");
-    let volume = set_phase(context, volume, VolumePhase::Deleting).await?;
+    let volume = set_phase(context, volume, VolumePhase::Deleting, Some(why.to_owned())).await?;
     Ok(delete_replicas(context, volume).await?.is_empty())
 }
 
@@ -280,7 +282,7 @@ pub async fn resume(context: &Arc<Context>, id: VolumeId, work: Work) -> bool {
     // As it is now, under the lock: the plan may be older.
     let Some(volume) = context.state().volumes.get(&id).cloned() else { return true };
     let result = match (work, volume.phase) {
-        (Work::UndoCreation, VolumePhase::Creating) => undo_creation(context, &volume).await,
+        (Work::UndoCreation, VolumePhase::Creating) => undo_creation(context, &volume, "it was interrupted").await,
         (Work::Delete, VolumePhase::Deleting) => delete_replicas(context, volume).await.map(|left| left.is_empty()),
         (Work::Attach, VolumePhase::Ready) => attach::resume_attach(context, &volume).await.map(|()| true),
         (Work::Move, VolumePhase::Ready) => moves::go_on(context, volume).await,

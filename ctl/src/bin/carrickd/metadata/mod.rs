@@ -1,4 +1,4 @@
-//! What `carrickd` must not forget: stores, volumes, attachments.
+//! What `carrickd` must not forget: stores, volumes, attachments, operations, and what happened to them.
 //!
 //! [`State`] holds the rules of what may change into what, without I/O; a [`MetadataStore`] applies one [`Mutation`] at a
 //! time to it, durably. Rules kept here, whatever the callers do:
@@ -11,10 +11,15 @@
 //!   remembered, ends the targets of before, and leaves no replica that could be taken for one that agrees.
 //! * M6. Each attachment has a number of its own, which is the volume's from then on: earlier ones change nothing any more.
 //! * M7. At most one operation of a kind runs on a volume; one that has ended stays as it is.
+//!
+//! What a change tells goes into the log with it (`story`). What is only noted is kept in memory until the next change, or until somebody
+//! flushes: so it never costs a change a write of its own.
 
+mod events;
 mod operations;
 mod records;
 mod redb_store;
+mod story;
 #[cfg(test)]
 pub mod tests;
 
@@ -25,10 +30,13 @@ use std::sync::Arc;
 use carrick_backing_store::{StoreId, VolumeId};
 use carrick_ctl::name::VolumeName;
 use carrick_replicator::control::VolumeConfig;
+use tokio::sync::watch;
 
+pub use events::{EventKind, EventLog, EventNumber, EventRecord, LogChanges, NewEvent, Subject, SubjectId};
 pub use operations::{ENDED_MAX, ExpandStep, KEY_MAX, OperationId, OperationRecord, OperationState, Outcome, Task};
 pub use records::{AttachmentPhase, AttachmentRecord, FORMAT, SALVAGES_MAX, SalvageRecord, StoreRecord, VolumePhase, VolumeRecord};
 pub use redb_store::RedbStore;
+pub use story::{Occasion, place, subject};
 
 /// Everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -176,11 +184,29 @@ pub trait MetadataStore: Send + Sync {
     /// As it is now.
     fn state(&self) -> Arc<State>;
 
-    /// Makes a change; it is durable when this returns.
+    /// Makes a change, and tells of it in the log; both are durable when this returns.
     ///
     /// # Errors
     /// A rule forbids it, or the disk failed: then nothing is changed (after a failed disk: as far as is known).
-    async fn apply(&self, mutation: Mutation) -> Result<Arc<State>, MetadataError>;
+    async fn apply_on(&self, occasion: Occasion, mutation: Mutation) -> Result<Arc<State>, MetadataError>;
+
+    /// The same, on no occasion.
+    #[cfg(test)]
+    async fn apply(&self, mutation: Mutation) -> Result<Arc<State>, MetadataError> {
+        self.apply_on(Occasion::default(), mutation).await
+    }
+
+    /// What happened, as far as it is durable; changes when something is added.
+    fn log(&self) -> watch::Receiver<Arc<EventLog>>;
+
+    /// Something happened without a change. It is in memory only, until [`Self::flush`] or the next change. Never waits.
+    fn note(&self, events: Vec<NewEvent>);
+
+    /// Makes durable what was noted. Writes nothing if that is nothing.
+    ///
+    /// # Errors
+    /// The disk failed: it stays noted.
+    async fn flush(&self) -> Result<(), MetadataError>;
 }
 
 impl State {
@@ -197,6 +223,14 @@ impl State {
     /// The volumes with a replica in this store.
     pub fn volumes_on(&self, store: StoreId) -> impl Iterator<Item = &VolumeRecord> {
         self.volumes.values().filter(move |volume| volume.replicas.contains(&store))
+    }
+
+    /// Whether a volume or store is there.
+    pub fn has(&self, subject: SubjectId) -> bool {
+        match subject {
+            SubjectId::Volume(volume) => self.volumes.contains_key(&volume),
+            SubjectId::Store(store) => self.stores.contains_key(&store),
+        }
     }
 
     /// Makes a change, if the rules allow it.

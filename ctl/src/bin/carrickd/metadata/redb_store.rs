@@ -6,11 +6,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use carrick_backing_store::VolumeId;
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition, TableError};
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition, TableError, WriteTransaction};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
-use super::{FORMAT, MetadataError, MetadataStore, Mutation, State};
+use super::{
+    EventLog, EventNumber, EventRecord, FORMAT, LogChanges, MetadataError, MetadataStore, Mutation, NewEvent, Occasion, State, story,
+};
 
 type Documents = TableDefinition<'static, &'static str, &'static [u8]>;
 
@@ -18,6 +21,10 @@ const STORES: Documents = TableDefinition::new("stores");
 const VOLUMES: Documents = TableDefinition::new("volumes");
 const ATTACHMENTS: Documents = TableDefinition::new("attachments");
 const OPERATIONS: Documents = TableDefinition::new("operations");
+const EVENTS: Documents = TableDefinition::new("events");
+
+/// Events that were noted and are not durable yet: more than that come only while the disk takes nothing.
+pub(super) const NOTED_MAX: usize = 1024;
 
 /// A record with the number of its format.
 #[derive(Serialize, Deserialize)]
@@ -41,8 +48,10 @@ struct Inner {
     path: PathBuf,
     database: Database,
     state: Mutex<Arc<State>>,
-    /// One change at a time, while `state` can be read.
+    /// One change at a time, while `state` can be read. Whoever has it takes from the front of `noted`, others add at its end.
     writing: Mutex<()>,
+    noted: Mutex<Vec<NewEvent>>,
+    log: watch::Sender<Arc<EventLog>>,
 }
 
 impl RedbStore {
@@ -55,8 +64,22 @@ impl RedbStore {
             DatabaseError::DatabaseAlreadyOpen => MetadataError::InUse(path.into()),
             other => storage(path)(other.into()),
         })?;
-        let state = Arc::new(load(path, &database)?);
-        Ok(Self { inner: Arc::new(Inner { path: path.into(), database, state: Mutex::new(state), writing: Mutex::new(()) }) })
+        let state = Mutex::new(Arc::new(load(path, &database)?));
+        let log = watch::Sender::new(Arc::new(load_log(path, &database)?));
+        let inner = Inner { path: path.into(), database, state, writing: Mutex::default(), noted: Mutex::default(), log };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Does what waits for the disk.
+    async fn wait<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner) -> Result<T, MetadataError> + Send + 'static,
+    ) -> Result<T, MetadataError> {
+        let inner = Arc::clone(&self.inner);
+        match tokio::task::spawn_blocking(move || work(&inner)).await {
+            Ok(result) => result,
+            Err(error) => Err(storage(&self.inner.path)(redb::Error::Io(std::io::Error::other(error)))),
+        }
     }
 }
 
@@ -66,14 +89,27 @@ impl MetadataStore for RedbStore {
         self.inner.state()
     }
 
-    async fn apply(&self, mutation: Mutation) -> Result<Arc<State>, MetadataError> {
-        let inner = Arc::clone(&self.inner);
-        let path = self.inner.path.clone();
-        // The commit waits for the disk.
-        match tokio::task::spawn_blocking(move || inner.apply(&mutation)).await {
-            Ok(result) => result,
-            Err(error) => Err(storage(&path)(redb::Error::Io(std::io::Error::other(error)))),
+    async fn apply_on(&self, occasion: Occasion, mutation: Mutation) -> Result<Arc<State>, MetadataError> {
+        self.wait(move |inner| inner.apply(&mutation, &occasion)).await
+    }
+
+    fn log(&self) -> watch::Receiver<Arc<EventLog>> {
+        self.inner.log.subscribe()
+    }
+
+    fn note(&self, events: Vec<NewEvent>) {
+        let mut noted = self.inner.noted.lock().unwrap_or_else(PoisonError::into_inner);
+        for event in events {
+            if noted.len() < NOTED_MAX {
+                noted.push(event);
+            } else {
+                tracing::warn!(?event, "is not written down: the disk takes nothing");
+            }
         }
+    }
+
+    async fn flush(&self) -> Result<(), MetadataError> {
+        self.wait(Inner::flush).await
     }
 }
 
@@ -82,61 +118,111 @@ impl Inner {
         Arc::clone(&self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    fn noted(&self) -> Vec<NewEvent> {
+        self.noted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Checks the change against the state in memory, writes it, and only then shows it.
-    fn apply(&self, mutation: &Mutation) -> Result<Arc<State>, MetadataError> {
+    fn apply(&self, mutation: &Mutation, occasion: &Occasion) -> Result<Arc<State>, MetadataError> {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut state = State::clone(&self.state());
+        let before = self.state();
+        let mut state = State::clone(&before);
         state.apply(mutation)?;
-        self.write(mutation, &self.state(), &state).map_err(storage(&self.path))?;
+        let told = story::of_change(&before, &state, mutation, occasion);
+        self.commit(&state, told, |transaction| put_change(transaction, mutation, &before, &state))?;
         let state = Arc::new(state);
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&state);
         Ok(state)
     }
 
-    fn write(&self, mutation: &Mutation, before: &State, after: &State) -> Result<(), redb::Error> {
-        let transaction = self.database.begin_write()?;
-        {
-            let put = |table: Documents, key: String, document: Vec<u8>| -> Result<(), redb::Error> {
-                transaction.open_table(table)?.insert(key.as_str(), document.as_slice())?;
-                Ok(())
-            };
-            let remove = |table: Documents, key: String| -> Result<(), redb::Error> {
-                transaction.open_table(table)?.remove(key.as_str())?;
-                Ok(())
-            };
-            let put_volume = |id: VolumeId| match after.volumes.get(&id) {
-                Some(record) => put(VOLUMES, id.to_string(), encode(record)?),
-                None => Ok(()),
-            };
-            match mutation {
-                Mutation::PutStore(record) => put(STORES, record.id.to_string(), encode(record)?)?,
-                Mutation::RemoveStore(id) => {
-                    remove(STORES, id.to_string())?;
-                    after.volumes.keys().try_for_each(|volume| put_volume(*volume))?;
-                }
-                Mutation::InsertVolume(record) => put(VOLUMES, record.id.to_string(), encode(record)?)?,
-                Mutation::ReplaceVolume { new, .. } => put_volume(new.id)?,
-                Mutation::SwapConfig { volume, .. } => put_volume(*volume)?,
-                Mutation::RemoveVolume(id) => remove(VOLUMES, id.to_string())?,
-                Mutation::PutAttachment(super::AttachmentRecord { volume, .. }) | Mutation::Salvage { volume, .. } => {
-                    put_volume(*volume)?;
-                    if let Some(record) = after.attachments.get(volume) {
-                        put(ATTACHMENTS, volume.to_string(), encode(record)?)?;
-                    }
-                }
-                Mutation::RemoveAttachment(id) => remove(ATTACHMENTS, id.to_string())?,
-                Mutation::PutOperation(_) => {
-                    for (id, record) in after.operations.iter().filter(|(id, record)| before.operations.get(id) != Some(record)) {
-                        put(OPERATIONS, id.to_string(), encode(record)?)?;
-                    }
-                    let mut forgotten = before.operations.keys().filter(|id| !after.operations.contains_key(id));
-                    forgotten.try_for_each(|id| remove(OPERATIONS, id.to_string()))?;
-                }
-            }
+    fn flush(&self) -> Result<(), MetadataError> {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.noted().is_empty() {
+            return Ok(());
         }
-        transaction.commit()?;
+        self.commit(&self.state(), Vec::new(), |_| Ok(()))
+    }
+
+    /// Writes a change along with what was noted and what the change tells, and shows the log with that.
+    fn commit(
+        &self,
+        state: &State,
+        told: Vec<NewEvent>,
+        put: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
+    ) -> Result<(), MetadataError> {
+        let mut events = self.noted();
+        let noted = events.len();
+        events.extend(told);
+        let mut log = EventLog::clone(&self.log.borrow());
+        let changes = log.add(events, |subject| state.has(subject));
+        let write = || {
+            let transaction = self.database.begin_write()?;
+            put(&transaction)?;
+            put_events(&transaction, &changes)?;
+            Ok(transaction.commit()?)
+        };
+        write().map_err(storage(&self.path))?;
+        self.noted.lock().unwrap_or_else(PoisonError::into_inner).drain(..noted);
+        if changes != LogChanges::default() {
+            self.log.send_replace(Arc::new(log));
+        }
         Ok(())
     }
+}
+
+fn put_change(transaction: &WriteTransaction, mutation: &Mutation, before: &State, after: &State) -> Result<(), redb::Error> {
+    let put = |table: Documents, key: String, document: Vec<u8>| -> Result<(), redb::Error> {
+        transaction.open_table(table)?.insert(key.as_str(), document.as_slice())?;
+        Ok(())
+    };
+    let remove = |table: Documents, key: String| -> Result<(), redb::Error> {
+        transaction.open_table(table)?.remove(key.as_str())?;
+        Ok(())
+    };
+    let put_volume = |id: VolumeId| match after.volumes.get(&id) {
+        Some(record) => put(VOLUMES, id.to_string(), encode(record)?),
+        None => Ok(()),
+    };
+    match mutation {
+        Mutation::PutStore(record) => put(STORES, record.id.to_string(), encode(record)?)?,
+        Mutation::RemoveStore(id) => {
+            remove(STORES, id.to_string())?;
+            after.volumes.keys().try_for_each(|volume| put_volume(*volume))?;
+        }
+        Mutation::InsertVolume(record) => put(VOLUMES, record.id.to_string(), encode(record)?)?,
+        Mutation::ReplaceVolume { new, .. } => put_volume(new.id)?,
+        Mutation::SwapConfig { volume, .. } => put_volume(*volume)?,
+        Mutation::RemoveVolume(id) => remove(VOLUMES, id.to_string())?,
+        Mutation::PutAttachment(super::AttachmentRecord { volume, .. }) | Mutation::Salvage { volume, .. } => {
+            put_volume(*volume)?;
+            if let Some(record) = after.attachments.get(volume) {
+                put(ATTACHMENTS, volume.to_string(), encode(record)?)?;
+            }
+        }
+        Mutation::RemoveAttachment(id) => remove(ATTACHMENTS, id.to_string())?,
+        Mutation::PutOperation(_) => {
+            for (id, record) in after.operations.iter().filter(|(id, record)| before.operations.get(id) != Some(record)) {
+                put(OPERATIONS, id.to_string(), encode(record)?)?;
+            }
+            let mut forgotten = before.operations.keys().filter(|id| !after.operations.contains_key(id));
+            forgotten.try_for_each(|id| remove(OPERATIONS, id.to_string()))?;
+        }
+    }
+    Ok(())
+}
+
+fn put_events(transaction: &WriteTransaction, changes: &LogChanges) -> Result<(), redb::Error> {
+    if *changes == LogChanges::default() {
+        return Ok(());
+    }
+    let mut table = transaction.open_table(EVENTS)?;
+    for number in &changes.removed {
+        table.remove(number.to_string().as_str())?;
+    }
+    for (number, record) in &changes.put {
+        table.insert(number.to_string().as_str(), encode(record.as_ref())?.as_slice())?;
+    }
+    Ok(())
 }
 
 fn storage(path: &Path) -> impl Fn(redb::Error) -> MetadataError {
@@ -165,26 +251,41 @@ fn load(path: &Path, database: &Database) -> Result<State, MetadataError> {
     Ok(State { stores, volumes, attachments, operations })
 }
 
+/// The log is no reason not to start: what can't be understood, as what a newer version wrote, stays where it is and is not shown.
+fn load_log(path: &Path, database: &Database) -> Result<EventLog, MetadataError> {
+    let (mut newest, mut records) = (EventNumber::default(), Vec::new());
+    for (key, document) in entries(database, EVENTS).map_err(storage(path))? {
+        newest = newest.max(key.parse().map_or(newest, EventNumber::new));
+        match decode::<EventRecord>(path, &format!("event {key}"), &document) {
+            Ok(record) => records.push(record),
+            Err(error) => tracing::warn!(%error, "an event is not shown"),
+        }
+    }
+    Ok(EventLog::load(newest, records))
+}
+
 fn read<T: DeserializeOwned>(path: &Path, database: &Database, table: Documents) -> Result<Vec<T>, MetadataError> {
     let mut records = Vec::new();
-    let entries = || -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
-        let transaction = database.begin_read()?;
-        let open = match transaction.open_table(table) {
-            Ok(open) => open,
-            // A new file.
-            Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
-            Err(error) => return Err(error.into()),
-        };
-        let mut entries = Vec::new();
-        for entry in open.iter()? {
-            let (key, value) = entry?;
-            entries.push((key.value().to_owned(), value.value().to_vec()));
-        }
-        Ok(entries)
-    };
-    for (key, document) in entries().map_err(storage(path))? {
+    for (key, document) in entries(database, table).map_err(storage(path))? {
         let what = format!("record {key} of table {}", redb::TableHandle::name(&table));
         records.push(decode(path, &what, &document)?);
     }
     Ok(records)
+}
+
+/// All keys and documents of a table.
+fn entries(database: &Database, table: Documents) -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
+    let transaction = database.begin_read()?;
+    let open = match transaction.open_table(table) {
+        Ok(open) => open,
+        // A new file, or one of a version without this table.
+        Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    };
+    let mut entries = Vec::new();
+    for entry in open.iter()? {
+        let (key, value) = entry?;
+        entries.push((key.value().to_owned(), value.value().to_vec()));
+    }
+    Ok(entries)
 }

@@ -15,6 +15,7 @@ use super::*;
 #[derive(Default)]
 pub struct MemoryStore {
     state: Mutex<Arc<State>>,
+    log: watch::Sender<Arc<EventLog>>,
 }
 
 #[tonic::async_trait]
@@ -23,16 +24,29 @@ impl MetadataStore for MemoryStore {
         Arc::clone(&self.state.lock().unwrap())
     }
 
-    async fn apply(&self, mutation: Mutation) -> Result<Arc<State>, MetadataError> {
+    async fn apply_on(&self, occasion: Occasion, mutation: Mutation) -> Result<Arc<State>, MetadataError> {
         let mut guard = self.state.lock().unwrap();
         let mut state = State::clone(&guard);
         state.apply(&mutation)?;
+        self.note(story::of_change(&guard, &state, &mutation, &occasion));
         *guard = Arc::new(state);
         Ok(Arc::clone(&guard))
     }
+
+    fn log(&self) -> watch::Receiver<Arc<EventLog>> {
+        self.log.subscribe()
+    }
+
+    fn note(&self, events: Vec<NewEvent>) {
+        self.log.send_modify(|log| drop(Arc::make_mut(log).add(events, |_| true)));
+    }
+
+    async fn flush(&self) -> Result<(), MetadataError> {
+        Ok(())
+    }
 }
 
-fn store(number: u8) -> StoreRecord {
+pub fn store(number: u8) -> StoreRecord {
     StoreRecord {
         id: StoreId::from_bytes([number; 16]),
         path: format!("/srv/store{number}").into(),
@@ -385,4 +399,106 @@ fn a_newer_format_and_damage_are_refused_by_name() {
         let error = write(damage);
         assert!(error.contains("record x of table volumes can't be understood"), "{error}");
     }
+}
+
+/// One event of each kind and subject, as the first version with a log wrote them.
+fn events() -> Vec<NewEvent> {
+    let place = events::Place { id: store(1).id, path: "/srv/store1".into() };
+    let volume = Subject::Volume { id: VolumeId::from_bytes([5; 16]), name: "vm1".parse().unwrap() };
+    let text = |kind: EventKind| format!("{} of \u{fc}", kind.as_str());
+    let of = |subject: &Subject, kind: EventKind, replica, at_unix| NewEvent {
+        at_unix,
+        kind,
+        subject: subject.clone(),
+        replica,
+        text: text(kind),
+    };
+    let mut all: Vec<_> = EventKind::ALL.iter().map(|kind| of(&volume, *kind, None, 1_700_000_020)).collect();
+    all.push(of(&Subject::Store(place.clone()), EventKind::ProcessCrashed, None, 1_700_000_021));
+    all.push(of(&volume, EventKind::ReplicaLeftOut, Some(place), 1_700_000_022));
+    // Several times the same.
+    all.extend((0..3).map(|seconds| of(&volume, EventKind::ProcessCrashed, None, 1_700_000_023 + seconds)));
+    all
+}
+
+#[tokio::test]
+async fn a_log_of_format_1_opens() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/metadata-events-1.redb");
+    if std::env::var_os("CARRICK_WRITE_FIXTURE").is_some() && !fixture.exists() {
+        // The file becomes smaller each time it is closed.
+        for event in events() {
+            let redb = RedbStore::open(&fixture).unwrap();
+            redb.note(vec![event]);
+            redb.flush().await.unwrap();
+        }
+    }
+    let mut expected = EventLog::default();
+    expected.add(events(), |_| false);
+    let folder = tempfile::tempdir().unwrap();
+    let copy = folder.path().join("metadata.redb");
+    std::fs::copy(fixture, &copy).unwrap();
+    assert_eq!(**RedbStore::open(&copy).unwrap().log().borrow(), expected);
+}
+
+fn kinds(metadata: &dyn MetadataStore) -> Vec<EventKind> {
+    metadata.log().borrow().after(EventNumber::default(), usize::MAX, |_| true).iter().map(|event| event.kind).collect()
+}
+
+fn noted(kind: EventKind) -> NewEvent {
+    let subject = Subject::Store(events::Place { id: store(1).id, path: "/srv/store1".into() });
+    NewEvent { at_unix: 7, kind, subject, replica: None, text: String::new() }
+}
+
+#[tokio::test]
+async fn what_is_noted_goes_with_the_next_change_or_when_it_is_flushed_and_stays() {
+    use EventKind::{ProcessCrashed, ProcessRecovered, StoreAdded};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("metadata.redb");
+    let redb = RedbStore::open(&path).unwrap();
+    redb.note(vec![noted(ProcessCrashed)]);
+    let refused = redb.apply(Mutation::PutAttachment(attachment(5, AttachmentPhase::Attaching))).await;
+    assert!(refused.is_err() && kinds(&redb).is_empty(), "a change that is refused is none");
+    redb.apply(Mutation::PutStore(store(1))).await.unwrap();
+    assert_eq!(kinds(&redb), [ProcessCrashed, StoreAdded], "in the order in which it happened");
+    let mut log = redb.log();
+    log.mark_unchanged();
+    redb.flush().await.unwrap();
+    assert!(!log.has_changed().unwrap(), "there was nothing to write");
+    redb.note(vec![noted(ProcessRecovered)]);
+    redb.flush().await.unwrap();
+    assert!(log.has_changed().unwrap());
+    let before = EventLog::clone(&log.borrow());
+    drop(redb);
+    let redb = RedbStore::open(&path).unwrap();
+    assert_eq!(*redb.log().borrow(), before.into());
+    for _ in 0..2 * super::redb_store::NOTED_MAX {
+        redb.note(vec![noted(StoreAdded)]);
+    }
+    redb.flush().await.unwrap();
+    let newest = redb.log().borrow().newest();
+    assert_eq!(newest, EventNumber::new(3 + super::redb_store::NOTED_MAX as u64), "a disk that takes nothing fills no memory");
+}
+
+#[tokio::test]
+async fn what_cannot_be_understood_in_the_log_is_not_shown_and_its_number_is_not_used_again() {
+    use redb::{Database, TableDefinition};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("metadata.redb");
+    let redb = RedbStore::open(&path).unwrap();
+    redb.apply(Mutation::PutStore(store(1))).await.unwrap();
+    drop(redb);
+    let database = Database::create(&path).unwrap();
+    let transaction = database.begin_write().unwrap();
+    let table: TableDefinition<&str, &[u8]> = TableDefinition::new("events");
+    for (key, document) in [("7", r#"{"format":2,"record":{}}"#), ("8", r#"{"format":1,"record":{"kind":"NEWS"}}"#), ("x", "")] {
+        transaction.open_table(table).unwrap().insert(key, document.as_bytes()).unwrap();
+    }
+    transaction.commit().unwrap();
+    drop(database);
+    let redb = RedbStore::open(&path).unwrap();
+    redb.note(vec![noted(EventKind::StoreRemoved)]);
+    redb.flush().await.unwrap();
+    let numbers: Vec<_> =
+        redb.log().borrow().after(EventNumber::default(), usize::MAX, |_| true).iter().map(|event| event.number.get()).collect();
+    assert_eq!(numbers, [1, 9]);
 }
