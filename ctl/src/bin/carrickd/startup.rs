@@ -4,6 +4,8 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 use tokio::net::UnixListener;
@@ -15,6 +17,10 @@ use crate::shutdown::FOLDERS;
 const RUN_DIR_MAX: usize = 107 - "/replica/.control".len() - 36;
 /// Who may use the socket besides root, if the machine has this group.
 const GROUP: &str = "carrick";
+
+/// A carrickd that was killed may leave a child for a moment that isn't the program yet which it was to become, and has the lock.
+const LOCK_LIMIT: Duration = Duration::from_secs(1);
+const LOCK_POLL: Duration = Duration::from_millis(10);
 
 /// Why the daemon doesn't start.
 #[derive(Debug, thiserror::Error)]
@@ -84,10 +90,14 @@ pub fn run_folder(path: &Path) -> Result<PathBuf, StartupError> {
 /// Makes sure that no other carrickd uses a folder, as long as the result lives. The lock leaves no file behind.
 pub fn lock(path: &Path, flag: &'static str) -> Result<File, StartupError> {
     let folder = File::open(path).map_err(failed("can't open", path))?;
-    match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(folder),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(StartupError::InUse { path: path.into(), flag }),
-        Err(error) => Err(failed("can't lock", path)(error.into())),
+    let begun = Instant::now();
+    loop {
+        match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(folder),
+            Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() < LOCK_LIMIT => thread::sleep(LOCK_POLL),
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StartupError::InUse { path: path.into(), flag }),
+            Err(error) => return Err(failed("can't lock", path)(error.into())),
+        }
     }
 }
 
@@ -154,8 +164,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let held = lock(folder.path(), "--state-dir").unwrap();
         assert!(matches!(lock(folder.path(), "--state-dir"), Err(StartupError::InUse { .. })));
-        drop(held);
-        lock(folder.path(), "--state-dir").unwrap();
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| lock(folder.path(), "--state-dir"));
+            drop(held);
+            waits.join().unwrap().unwrap();
+        });
     }
 
     #[test]
