@@ -120,6 +120,8 @@ reasons! {
     TargetUnreachable = "TARGET_UNREACHABLE", Unavailable, Unreachable;
     /// The device didn't come up in time.
     AttachTimeout = "ATTACH_TIMEOUT", DeadlineExceeded, Unreachable;
+    /// The records can't be written.
+    MetadataUnreachable = "METADATA_UNREACHABLE", Unavailable, Unreachable;
     /// The node is being shut down.
     ShuttingDown = "SHUTTING_DOWN", Unavailable, Unreachable;
     /// The daemon doesn't answer; only the command itself says this.

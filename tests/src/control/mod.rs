@@ -3,6 +3,7 @@
 mod doctor;
 mod expand;
 mod node;
+mod records;
 
 use crate::report::Item;
 
@@ -48,6 +49,11 @@ pub fn items() -> Vec<Item> {
             name: "expand-full",
             promise: "a store without room: refused with the sizes, the volume goes on at its old size, and grows when there is room",
             run: expand::no_room,
+        },
+        Item {
+            name: "records-full",
+            promise: "the disk of carrickd's records is full: changes are refused, explain says why, I/O goes on, and all is well with room",
+            run: records::full,
         },
         Item {
             name: "doctor",

@@ -161,9 +161,9 @@ fn metadata_fault(error: MetadataError) -> Fault {
         MetadataError::OperationOver(id) => Fault::new(Reason::OperationEnded, id, message),
         MetadataError::Changed(volume) => Fault::new(Reason::VolumeNotReady, volume, message),
         MetadataError::SameStoreTwice { name, .. } | MetadataError::BadConfig(name) => Fault::new(Reason::Internal, name, message),
-        MetadataError::InUse(path)
-        | MetadataError::UnknownFormat { path, .. }
-        | MetadataError::Damaged { path, .. }
-        | MetadataError::Storage { path, .. } => Fault::new(Reason::Internal, path.display(), message),
+        MetadataError::InUse(path) | MetadataError::UnknownFormat { path, .. } | MetadataError::Damaged { path, .. } => {
+            Fault::new(Reason::Internal, path.display(), message)
+        }
+        MetadataError::Storage { path, .. } => Fault::new(Reason::MetadataUnreachable, path.display(), message),
     }
 }

@@ -6,13 +6,13 @@ use std::time::Duration;
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1;
 
-use crate::metadata::{EventKind, EventLog, SubjectId, VolumeRecord};
+use crate::metadata::{EventKind, EventLog, SubjectId, Trouble, VolumeRecord};
 use crate::view::View;
 
 /// Explains one volume. Nothing found: it is as it should be.
 pub fn explain(view: &View<'_>, record: &VolumeRecord, replace_after: Option<Duration>, log: &EventLog) -> v1::ExplainVolumeResponse {
     let volume = view.volume(record);
-    let mut findings = Vec::new();
+    let mut findings: Vec<_> = view.trouble.iter().map(of_records).collect();
     match volume.state() {
         v1::VolumeState::Creating => findings.push(finding(
             "VOLUME_CREATING",
@@ -70,6 +70,16 @@ fn since(log: &EventLog, subject: SubjectId, reason: &str) -> Option<u64> {
 
 fn finding(reason: &str, message: String, next: &str, advice: &str) -> v1::Finding {
     v1::Finding { reason: reason.into(), message, since_unix: None, next: next.into(), advice: advice.into() }
+}
+
+fn of_records(trouble: &Trouble) -> v1::Finding {
+    let found = finding(
+        "METADATA_UNREACHABLE",
+        format!("carrickd's records can't be written: {}", trouble.why),
+        "requests go on as long as a majority of the replicas that count is there; what needs a record waits or fails, and is tried again",
+        "make room in carrickd's state directory, or see to its disk",
+    );
+    v1::Finding { since_unix: Some(trouble.since_unix), ..found }
 }
 
 fn of_attachment(volume: &v1::Volume) -> Vec<v1::Finding> {

@@ -65,7 +65,7 @@ impl Services {
             survey::targets(&self.context, state.attachments.keys().copied())
         );
         let observed = self.context.node.observed();
-        what(&View { state: &state, observed: &observed, replicas: &replicas, targets: &targets })
+        what(&View { state: &state, trouble: self.context.metadata.trouble(), observed: &observed, replicas: &replicas, targets: &targets })
     }
 
     /// Looks at one volume only.
@@ -80,7 +80,7 @@ impl Services {
             survey::replicas(&self.context, state.stores.keys().copied()).await
         };
         let observed = self.context.node.observed();
-        Ok(View { state, observed: &observed, replicas: &replicas, targets: &targets }.volume(record))
+        Ok(View { state, trouble: None, observed: &observed, replicas: &replicas, targets: &targets }.volume(record))
     }
 }
 

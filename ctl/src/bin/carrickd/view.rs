@@ -9,7 +9,7 @@ use carrick_replicator::control::{
     DamagedReplica, Map, MemberReport, MemberState, ReplicaProcessStatus, ScrubReport, TargetPhase, TargetStatus, VerificationReport,
 };
 
-use crate::metadata::{AttachmentPhase, AttachmentRecord, SalvageRecord, State, StoreRecord, VolumePhase, VolumeRecord};
+use crate::metadata::{AttachmentPhase, AttachmentRecord, SalvageRecord, State, StoreRecord, Trouble, VolumePhase, VolumeRecord};
 use crate::observed::{Answers, Observed, Process, ProcessId, ProcessState};
 use crate::operations;
 use crate::survey::Answer;
@@ -18,6 +18,8 @@ use crate::survey::Answer;
 pub struct View<'a> {
     /// What is wanted.
     pub state: &'a State,
+    /// Why nothing can be written, if it can't.
+    pub trouble: Option<Trouble>,
     /// What runs.
     pub observed: &'a Observed,
     /// What the stores' processes say.
@@ -155,7 +157,7 @@ impl View<'_> {
 
     /// Everything that is not as it should be, in words.
     pub fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
+        let mut problems: Vec<_> = self.trouble.iter().map(|trouble| format!("records can't be written: {}", trouble.why)).collect();
         for store in self.stores() {
             problems.extend(store.problem.map(|problem| format!("store {}: {problem}", store.path)));
         }

@@ -16,6 +16,8 @@
 //! flushes: so it never costs a change a write of its own.
 
 mod events;
+#[cfg(test)]
+mod full_disk_tests;
 mod operations;
 mod records;
 mod redb_store;
@@ -178,6 +180,15 @@ pub enum MetadataError {
     },
 }
 
+/// Why nothing can be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trouble {
+    /// Since when, in seconds since 1970.
+    pub since_unix: u64,
+    /// What was said last.
+    pub why: String,
+}
+
 /// Keeps the [`State`].
 #[tonic::async_trait]
 pub trait MetadataStore: Send + Sync {
@@ -187,7 +198,7 @@ pub trait MetadataStore: Send + Sync {
     /// Makes a change, and tells of it in the log; both are durable when this returns.
     ///
     /// # Errors
-    /// A rule forbids it, or the disk failed: then nothing is changed (after a failed disk: as far as is known).
+    /// A rule forbids it, and nothing is changed; or the disk failed, and the next change shows whether this one was made.
     async fn apply_on(&self, occasion: Occasion, mutation: Mutation) -> Result<Arc<State>, MetadataError>;
 
     /// The same, on no occasion.
@@ -195,6 +206,9 @@ pub trait MetadataStore: Send + Sync {
     async fn apply(&self, mutation: Mutation) -> Result<Arc<State>, MetadataError> {
         self.apply_on(Occasion::default(), mutation).await
     }
+
+    /// Whether the last attempt to write failed.
+    fn trouble(&self) -> Option<Trouble>;
 
     /// What happened, as far as it is durable; changes when something is added.
     fn log(&self) -> watch::Receiver<Arc<EventLog>>;

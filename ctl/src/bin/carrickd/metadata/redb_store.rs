@@ -3,7 +3,7 @@
 //! The whole state is kept in memory too: it is small, and the file is locked, so nobody else changes it.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use carrick_backing_store::VolumeId;
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition, TableError, WriteTransaction};
@@ -12,8 +12,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::{
-    EventLog, EventNumber, EventRecord, FORMAT, LogChanges, MetadataError, MetadataStore, Mutation, NewEvent, Occasion, State, story,
+    EventLog, EventNumber, EventRecord, FORMAT, LogChanges, MetadataError, MetadataStore, Mutation, NewEvent, Occasion, State, Trouble,
+    story,
 };
+use crate::context::unix_now;
 
 type Documents = TableDefinition<'static, &'static str, &'static [u8]>;
 
@@ -44,12 +46,17 @@ pub struct RedbStore {
     inner: Arc<Inner>,
 }
 
+/// Opens the file.
+type Open = Box<dyn Fn() -> Result<Database, DatabaseError> + Send + Sync>;
+
 struct Inner {
     path: PathBuf,
-    database: Database,
+    open: Open,
+    /// Whoever has it writes, one at a time, while `state` can be read, and takes from the front of `noted`, where others add at the end.
+    /// Closed after the disk failed: what of the last change is in the file shows when it is opened again.
+    database: Mutex<Option<Database>>,
+    trouble: Mutex<Option<Trouble>>,
     state: Mutex<Arc<State>>,
-    /// One change at a time, while `state` can be read. Whoever has it takes from the front of `noted`, others add at its end.
-    writing: Mutex<()>,
     noted: Mutex<Vec<NewEvent>>,
     log: watch::Sender<Arc<EventLog>>,
 }
@@ -60,13 +67,22 @@ impl RedbStore {
     /// # Errors
     /// [`MetadataError::InUse`], [`MetadataError::UnknownFormat`], [`MetadataError::Damaged`], or the disk's.
     pub fn open(path: &Path) -> Result<Self, MetadataError> {
-        let database = Database::create(path).map_err(|error| match error {
-            DatabaseError::DatabaseAlreadyOpen => MetadataError::InUse(path.into()),
-            other => storage(path)(other.into()),
-        })?;
-        let state = Mutex::new(Arc::new(load(path, &database)?));
-        let log = watch::Sender::new(Arc::new(load_log(path, &database)?));
-        let inner = Inner { path: path.into(), database, state, writing: Mutex::default(), noted: Mutex::default(), log };
+        let file = path.to_owned();
+        Self::open_by(path, Box::new(move || Database::create(&file)))
+    }
+
+    /// The same, by other means than the path.
+    pub(super) fn open_by(path: &Path, open: Open) -> Result<Self, MetadataError> {
+        let inner = Inner {
+            path: path.into(),
+            open,
+            database: Mutex::default(),
+            trouble: Mutex::default(),
+            state: Mutex::default(),
+            noted: Mutex::default(),
+            log: watch::Sender::new(Arc::default()),
+        };
+        inner.opened(&mut lock(&inner.database))?;
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -76,10 +92,21 @@ impl RedbStore {
         work: impl FnOnce(&Inner) -> Result<T, MetadataError> + Send + 'static,
     ) -> Result<T, MetadataError> {
         let inner = Arc::clone(&self.inner);
-        match tokio::task::spawn_blocking(move || work(&inner)).await {
+        let result = match tokio::task::spawn_blocking(move || work(&inner)).await {
             Ok(result) => result,
             Err(error) => Err(storage(&self.inner.path)(redb::Error::Io(std::io::Error::other(error)))),
+        };
+        match &result {
+            Ok(_) => *lock(&self.inner.trouble) = None,
+            Err(error @ MetadataError::Storage { .. }) => {
+                let mut trouble = lock(&self.inner.trouble);
+                let since_unix = trouble.as_ref().map_or_else(unix_now, |trouble| trouble.since_unix);
+                *trouble = Some(Trouble { since_unix, why: error.to_string() });
+            }
+            // A rule was broken, which says nothing of the disk.
+            Err(_) => {}
         }
+        result
     }
 }
 
@@ -93,12 +120,16 @@ impl MetadataStore for RedbStore {
         self.wait(move |inner| inner.apply(&mutation, &occasion)).await
     }
 
+    fn trouble(&self) -> Option<Trouble> {
+        lock(&self.inner.trouble).clone()
+    }
+
     fn log(&self) -> watch::Receiver<Arc<EventLog>> {
         self.inner.log.subscribe()
     }
 
     fn note(&self, events: Vec<NewEvent>) {
-        let mut noted = self.inner.noted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut noted = lock(&self.inner.noted);
         for event in events {
             if noted.len() < NOTED_MAX {
                 noted.push(event);
@@ -115,37 +146,58 @@ impl MetadataStore for RedbStore {
 
 impl Inner {
     fn state(&self) -> Arc<State> {
-        Arc::clone(&self.state.lock().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&lock(&self.state))
     }
 
     fn noted(&self) -> Vec<NewEvent> {
-        self.noted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.noted).clone()
+    }
+
+    /// The open database. One that is opened only now says what is so.
+    fn opened<'a>(&self, database: &'a mut Option<Database>) -> Result<&'a Database, MetadataError> {
+        let open = match database.take() {
+            Some(open) => open,
+            None => {
+                let open = (self.open)().map_err(|error| match error {
+                    DatabaseError::DatabaseAlreadyOpen => MetadataError::InUse(self.path.clone()),
+                    other => storage(&self.path)(other.into()),
+                })?;
+                let (state, log) = (load(&self.path, &open)?, load_log(&self.path, &open)?);
+                *lock(&self.state) = Arc::new(state);
+                self.log.send_replace(Arc::new(log));
+                open
+            }
+        };
+        Ok(database.insert(open))
     }
 
     /// Checks the change against the state in memory, writes it, and only then shows it.
     fn apply(&self, mutation: &Mutation, occasion: &Occasion) -> Result<Arc<State>, MetadataError> {
-        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut database = lock(&self.database);
+        self.opened(&mut database)?;
         let before = self.state();
         let mut state = State::clone(&before);
         state.apply(mutation)?;
         let told = story::of_change(&before, &state, mutation, occasion);
-        self.commit(&state, told, |transaction| put_change(transaction, mutation, &before, &state))?;
+        self.commit(&mut database, &state, told, |transaction| put_change(transaction, mutation, &before, &state))?;
         let state = Arc::new(state);
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&state);
+        *lock(&self.state) = Arc::clone(&state);
         Ok(state)
     }
 
     fn flush(&self) -> Result<(), MetadataError> {
-        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut database = lock(&self.database);
+        self.opened(&mut database)?;
         if self.noted().is_empty() {
             return Ok(());
         }
-        self.commit(&self.state(), Vec::new(), |_| Ok(()))
+        self.commit(&mut database, &self.state(), Vec::new(), |_| Ok(()))
     }
 
     /// Writes a change along with what was noted and what the change tells, and shows the log with that.
     fn commit(
         &self,
+        database: &mut Option<Database>,
         state: &State,
         told: Vec<NewEvent>,
         put: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
@@ -155,19 +207,27 @@ impl Inner {
         events.extend(told);
         let mut log = EventLog::clone(&self.log.borrow());
         let changes = log.add(events, |subject| state.has(subject));
-        let write = || {
-            let transaction = self.database.begin_write()?;
+        let write = |database: &Database| {
+            let transaction = database.begin_write()?;
             put(&transaction)?;
             put_events(&transaction, &changes)?;
             Ok(transaction.commit()?)
         };
-        write().map_err(storage(&self.path))?;
-        self.noted.lock().unwrap_or_else(PoisonError::into_inner).drain(..noted);
+        if let Err(error) = write(self.opened(database)?) {
+            // It takes no more writes after the disk failed, and nobody knows what became of this one.
+            *database = None;
+            return Err(storage(&self.path)(error));
+        }
+        lock(&self.noted).drain(..noted);
         if changes != LogChanges::default() {
             self.log.send_replace(Arc::new(log));
         }
         Ok(())
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn put_change(transaction: &WriteTransaction, mutation: &Mutation, before: &State, after: &State) -> Result<(), redb::Error> {

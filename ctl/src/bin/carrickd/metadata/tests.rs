@@ -24,6 +24,10 @@ impl MetadataStore for MemoryStore {
         Arc::clone(&self.state.lock().unwrap())
     }
 
+    fn trouble(&self) -> Option<Trouble> {
+        None
+    }
+
     async fn apply_on(&self, occasion: Occasion, mutation: Mutation) -> Result<Arc<State>, MetadataError> {
         let mut guard = self.state.lock().unwrap();
         let mut state = State::clone(&guard);
