@@ -13,7 +13,7 @@ mod support;
 use std::fs;
 
 use rustix::process::Signal;
-use support::{Node, alive, signal};
+use support::{Answer, Node, alive, signal};
 
 #[test]
 fn a_volume_lives_from_creation_to_deletion() {
@@ -300,10 +300,11 @@ fn a_creation_cut_off_by_a_crash_is_undone_and_can_be_repeated() {
     let stores = [0, 1, 2].map(|number| node.store_path(number).to_str().unwrap().to_owned());
     let mut create = vec!["volume", "create", "vm1", "--size", "1G"];
     stores.iter().for_each(|store| create.extend(["--store", store]));
-    let mut client = node.carrick_begin(&create);
+    let client = node.carrick_begin(&create);
     node.wait_for("the first replicas", |node| (node.replicas_in(1) == 1).then_some(()));
     node.kill_daemon();
-    assert!(!client.wait().unwrap().success());
+    let message = Answer::from(client.wait_with_output().unwrap()).fails(7, "DAEMON_UNREACHABLE");
+    assert!(message.contains("may be done, or not"), "{message}");
     fs::remove_file(node.store_path(2).join("slow")).unwrap();
     node.start();
     node.wait_for("nothing of it", |node| {

@@ -1,5 +1,6 @@
 //! What goes wrong, and how it is told: a sentence or a JSON object on standard error, and an exit code.
 
+use std::error::Error;
 use std::fmt::Display;
 use std::io::Write;
 use std::path::Path;
@@ -67,10 +68,24 @@ impl From<Status> for Problem {
         let code = fault::exit_code(&status);
         match fault::detail(&status) {
             Some(detail) => Self { code, reason: detail.reason, subject: detail.subject, message: detail.message },
+            // Whatever has a cause on this side isn't an answer: the connection broke, or it took too long.
+            None if let Some(cause) = status.source() => {
+                let message =
+                    format!("carrickd has gone away, or doesn't answer ({}); what was asked for may be done, or not", root(cause));
+                Fault::new(Reason::DaemonUnreachable, "carrickd", message).into()
+            }
             None => {
                 let message = format!("carrickd answered {:?}: {}", status.code(), status.message());
                 Self { code, reason: format!("{:?}", status.code()), subject: String::new(), message }
             }
         }
     }
+}
+
+/// What it all comes from: what is above that only says that there was something.
+fn root<'a>(mut error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
+    while let Some(cause) = error.source() {
+        error = cause;
+    }
+    error
 }
