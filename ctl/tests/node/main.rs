@@ -33,8 +33,12 @@ fn a_volume_lives_from_creation_to_deletion() {
     node.carrick(&["detach", "vm1"]).ok();
     node.carrick(&["detach", "vm1"]).ok();
     assert_eq!(fs::read_dir(node.run("target")).unwrap().count(), 0, "the target left something");
+    let logs =
+        || fs::read_dir(node.path("state/log")).unwrap().flatten().filter(|log| log.file_name().to_string_lossy().starts_with("target"));
+    assert_eq!(logs().count(), 1);
     node.carrick(&["volume", "delete", "vm1"]).ok();
     assert_eq!((0..3).map(|store| node.replicas_in(store)).sum::<usize>(), 0);
+    assert_eq!(logs().count(), 0, "its target's log is left");
     node.carrick(&["volume", "show", "vm1"]).fails(3, "VOLUME_NOT_FOUND");
     node.carrick(&["volume", "delete", "vm1"]).fails(3, "VOLUME_NOT_FOUND");
     assert_eq!(node.carrick(&["volume", "list"]).ok().as_array().unwrap().len(), 0);

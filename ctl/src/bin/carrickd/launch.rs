@@ -258,11 +258,27 @@ fn write_atomically(path: &Path, config: &TargetConfig) -> io::Result<()> {
 fn open_log(path: &Path) -> io::Result<(File, u64)> {
     let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
     if log_length(path) > LOG_MAX {
-        fs::rename(path, path.with_extension("log.old")).map_err(named)?;
+        fs::rename(path, old_log(path)).map_err(named)?;
     }
     let file = OpenOptions::new().append(true).create(true).mode(0o640).open(path).map_err(named)?;
     let length = file.metadata().map_err(named)?.len();
     Ok((file, length))
+}
+
+/// Where a log is put aside.
+fn old_log(path: &Path) -> PathBuf {
+    path.with_extension("log.old")
+}
+
+/// Removes what a process that never comes again has logged.
+pub fn remove_logs(context: &Context, id: ProcessId) {
+    let log = context.log_file(id);
+    for file in [old_log(&log), log] {
+        match fs::remove_file(&file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::warn!(file = %file.display(), %error, "can't be removed"),
+            _ => {}
+        }
+    }
 }
 
 fn log_length(path: &Path) -> u64 {

@@ -4,8 +4,8 @@
 //! 3 leaves a record that says where replicas may be: they are deleted, then the record. Nobody was told of the volume.
 //!
 //! **Order of a deletion:** 1. the record, *deleting*: from here on the volume is gone for callers, and its name is free;
-//! 2. replica by replica: delete it, then strike it from the record; 3. the last one takes the record along. A crash
-//! anywhere is followed by the same steps again: deleting a replica twice changes nothing.
+//! 2. replica by replica: delete it, then strike it from the record; 3. the last one takes the record along, and before it what its
+//! targets logged. A crash anywhere is followed by the same steps again: deleting a replica twice changes nothing.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,6 +22,7 @@ use crate::attach;
 use crate::context::{Context, unix_now};
 use crate::control::{self, CallError};
 use crate::expand;
+use crate::launch;
 use crate::metadata::{Mutation, State, VolumePhase, VolumeRecord};
 use crate::moves;
 use crate::observed::ProcessId;
@@ -269,6 +270,7 @@ async fn delete_replicas(context: &Context, mut volume: VolumeRecord) -> Result<
         volume = struck;
     }
     if volume.replicas.is_empty() {
+        launch::remove_logs(context, ProcessId::Target(volume.id));
         context.apply(Mutation::RemoveVolume(volume.id)).await?;
     }
     Ok(volume.replicas)
