@@ -70,7 +70,8 @@ impl Services {
 
     /// Looks at one volume only.
     async fn look_at_volume(&self, state: &State, id: VolumeId) -> Result<v1::Volume, Status> {
-        let record = state.volumes.get(&id).ok_or_else(|| Status::internal("the volume is gone again"))?;
+        let gone = || Fault::new(Reason::VolumeNotFound, id, "that is done, but the volume is gone again: somebody else has deleted it");
+        let record = state.volumes.get(&id).ok_or_else(gone)?;
         let attached = state.attachments.contains_key(&id);
         let targets = survey::targets(&self.context, attached.then_some(id)).await;
         // The target knows more of its replicas than they do.
