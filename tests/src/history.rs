@@ -1,6 +1,7 @@
 //! A load that knows what every sector must hold: writes, zeroes, discards and reads of 512 bytes to 1 MiB, directly on a device,
 //! each thread in a region of its own, so that every read has exactly one right answer.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
@@ -28,12 +29,21 @@ pub struct History {
 
 struct Worker {
     file: File,
-    /// Where the region begins, in bytes.
+    region: Region,
+}
+
+/// A part of a device, and what it must hold.
+pub struct Region {
+    /// Where it begins, in bytes.
     start: u64,
     /// Requests begin and end at multiples of this, in bytes.
     align: u64,
     /// Which request wrote each sector; 0 for zeros.
     stamps: Vec<u64>,
+    /// What a sector may hold instead, because a request that would have changed it failed.
+    maybe: BTreeMap<usize, Vec<u64>>,
+    /// Requests so far.
+    count: u64,
     dice: Dice,
 }
 
@@ -44,8 +54,8 @@ impl History {
         let worker = |index: u64| {
             let direct = i32::try_from(rustix::fs::OFlags::DIRECT.bits())?;
             let file = OpenOptions::new().read(true).write(true).custom_flags(direct).open(device)?;
-            let stamps = vec![0; usize::try_from(region / SECTOR)?];
-            let mut worker = Worker { file, start: start + index * region, align, stamps, dice: Dice::new(seed + index) };
+            let region = Region::new(start + index * region, region, align, seed + index)?;
+            let mut worker = Worker { file, region };
             let stop = Arc::clone(&stop);
             Ok(thread::spawn(move || worker.run(&stop)))
         };
@@ -72,45 +82,76 @@ impl Drop for History {
 
 impl Worker {
     fn run(&mut self, stop: &AtomicBool) -> anyhow::Result<u64> {
-        let all = self.stamps.len() as u64 * SECTOR;
+        let Self { file, region } = self;
         // A device is as its last user left it: the first state is made.
-        self.range(ZERO_OUT, 0, all)?;
-        let mut count = 0;
+        change_range(file, ZERO_OUT, region.start, region.length())?;
         while !stop.load(Ordering::Relaxed) {
-            count += 1;
-            self.request(count).with_context(|| format!("request {count} in the region at {}", self.start))?;
+            region.request(file)?;
         }
-        for offset in (0..all).step_by(usize::try_from(REQUEST_MAX)?) {
-            self.check(offset, REQUEST_MAX.min(all - offset)).context("after the last request")?;
-        }
-        Ok(count)
+        region.check_all(file).context("after the last request")?;
+        Ok(region.count)
+    }
+}
+
+impl Region {
+    /// One that holds zeros.
+    pub fn new(start: u64, length: u64, align: u64, seed: u64) -> anyhow::Result<Self> {
+        let stamps = vec![0; usize::try_from(length / SECTOR)?];
+        Ok(Self { start, align, stamps, maybe: BTreeMap::new(), count: 0, dice: Dice::new(seed) })
     }
 
-    fn request(&mut self, stamp: u64) -> anyhow::Result<()> {
+    /// In bytes.
+    pub fn length(&self) -> u64 {
+        self.stamps.len() as u64 * SECTOR
+    }
+
+    /// Makes it larger: what is new holds zeros.
+    pub fn grow(&mut self, length: u64) -> anyhow::Result<()> {
+        let sectors = usize::try_from(length / SECTOR)?;
+        self.stamps.resize(sectors.max(self.stamps.len()), 0);
+        Ok(())
+    }
+
+    /// Reads everything, and compares it.
+    pub fn check_all(&mut self, file: &File) -> anyhow::Result<()> {
+        let all = self.length();
+        for offset in (0..all).step_by(usize::try_from(REQUEST_MAX)?) {
+            self.check(file, offset, REQUEST_MAX.min(all - offset))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the next request of chance. If it fails, the sectors that it would have changed may be as they were, or as it wanted them.
+    pub fn request(&mut self, file: &File) -> anyhow::Result<()> {
+        self.count += 1;
+        self.try_request(file, self.count).with_context(|| format!("request {} in the region at {}", self.count, self.start))
+    }
+
+    fn try_request(&mut self, file: &File, stamp: u64) -> anyhow::Result<()> {
         let (offset, length) = self.pick();
         match self.dice.below(10) {
-            0..=3 => self.check(offset, length),
+            0..=3 => self.check(file, offset, length),
             4 => {
-                self.range(ZERO_OUT, offset, length)?;
-                self.mark(offset, length, 0)
+                let done = change_range(file, ZERO_OUT, self.start + offset, length);
+                self.mark(offset, length, 0, done)
             }
             5 => {
                 // Whole blocks, so that what is discarded reads as zeros for sure.
                 let (first, end) = (offset.next_multiple_of(4096), (offset + length) / 4096 * 4096);
-                if first < end {
-                    self.range(DISCARD, first, end - first)?;
-                    self.mark(first, end - first, 0)?;
+                if first >= end {
+                    return Ok(());
                 }
-                Ok(())
+                let done = change_range(file, DISCARD, self.start + first, end - first);
+                self.mark(first, end - first, 0, done)
             }
-            6 if stamp.is_multiple_of(16) => self.file.sync_data().context("fsync"),
+            6 if stamp.is_multiple_of(16) => file.sync_data().context("fsync"),
             _ => {
                 let mut buffer = BufferPool::new(0).take(usize::try_from(length)?);
                 for (sector, bytes) in (offset / SECTOR..).zip(buffer.chunks_exact_mut(512)) {
                     fill(bytes, stamp, self.start / SECTOR + sector);
                 }
-                self.file.write_all_at(&buffer, self.start + offset).with_context(|| format!("writing {offset}+{length}"))?;
-                self.mark(offset, length, stamp)
+                let done = file.write_all_at(&buffer, self.start + offset).with_context(|| format!("writing {offset}+{length}"));
+                self.mark(offset, length, stamp, done)
             }
         }
     }
@@ -125,26 +166,35 @@ impl Worker {
         (first * self.align, length * self.align)
     }
 
-    fn mark(&mut self, offset: u64, length: u64, stamp: u64) -> anyhow::Result<()> {
+    /// Remembers what came of a request.
+    fn mark(&mut self, offset: u64, length: u64, stamp: u64, done: anyhow::Result<()>) -> anyhow::Result<()> {
         let sectors = usize::try_from(offset / SECTOR)?..usize::try_from((offset + length) / SECTOR)?;
-        self.stamps[sectors].fill(stamp);
-        Ok(())
+        if done.is_ok() {
+            self.stamps[sectors.clone()].fill(stamp);
+            self.maybe.retain(|sector, _| !sectors.contains(sector));
+        } else {
+            sectors.for_each(|sector| self.maybe.entry(sector).or_default().push(stamp));
+        }
+        done
     }
 
-    fn check(&mut self, offset: u64, length: u64) -> anyhow::Result<()> {
+    fn check(&mut self, file: &File, offset: u64, length: u64) -> anyhow::Result<()> {
         let mut buffer = BufferPool::new(0).take(usize::try_from(length)?);
-        self.file.read_exact_at(&mut buffer, self.start + offset).with_context(|| format!("reading {offset}+{length}"))?;
+        file.read_exact_at(&mut buffer, self.start + offset).with_context(|| format!("reading {offset}+{length}"))?;
         let mut wanted = [0; 512];
         for (sector, bytes) in (offset / SECTOR..).zip(buffer.chunks_exact(512)) {
-            let stamp = self.stamps[usize::try_from(sector)?];
-            fill(&mut wanted, stamp, self.start / SECTOR + sector);
-            ensure!(*bytes == wanted, "sector {sector} should come from request {stamp}, holds {:02x?}…", &bytes[..16]);
+            let index = usize::try_from(sector)?;
+            let mut is = |stamp: u64| {
+                fill(&mut wanted, stamp, self.start / SECTOR + sector);
+                *bytes == wanted
+            };
+            // Once one of the possible contents was read, no other is possible.
+            let others = self.maybe.remove(&index).unwrap_or_default();
+            let stamp = others.iter().copied().find(|stamp| is(*stamp)).unwrap_or(self.stamps[index]);
+            ensure!(is(stamp), "sector {sector} should come from request {stamp} (or {others:?}), holds {:02x?}…", &bytes[..16]);
+            self.stamps[index] = stamp;
         }
         Ok(())
-    }
-
-    fn range(&self, opcode: Opcode, offset: u64, length: u64) -> anyhow::Result<()> {
-        change_range(&self.file, opcode, self.start + offset, length)
     }
 }
 

@@ -28,6 +28,12 @@ pub struct Site {
     bin_dir: PathBuf,
 }
 
+/// The `carrick` command, for one node.
+#[derive(Clone, Debug)]
+pub struct Carrick {
+    run: PathBuf,
+}
+
 /// What a refused command said.
 #[derive(Debug)]
 pub struct Refusal {
@@ -131,18 +137,12 @@ impl Site {
 
     /// Runs `carrick --json`; what it prints, or why it refused.
     pub fn try_carrick(&self, arguments: &[&str]) -> anyhow::Result<Result<Value, Refusal>> {
-        let run = self.path("run");
-        let output = Command::new(programs()?.join("carrick")).arg("--json").arg("--run-dir").arg(run).args(arguments).output()?;
-        let Output { status, stdout, stderr } = output;
-        if status.success() {
-            let text = String::from_utf8(stdout)?;
-            return Ok(Ok(if text.trim().is_empty() { Value::Null } else { serde_json::from_str(&text)? }));
-        }
-        let text = String::from_utf8_lossy(&stderr).into_owned();
-        let value: Value = serde_json::from_str(&text).with_context(|| format!("carrick {arguments:?} said {text:?}"))?;
-        let field = |name: &str| value[name].as_str().unwrap_or_default().to_owned();
-        let code = status.code().context("carrick was killed")?;
-        Ok(Err(Refusal { code, reason: field("reason"), message: field("message") }))
+        self.command().run(arguments)
+    }
+
+    /// The `carrick` command for others, who use it whatever becomes of the daemon.
+    pub fn command(&self) -> Carrick {
+        Carrick { run: self.path("run") }
     }
 
     /// Runs `carrick`, which must succeed.
@@ -226,6 +226,47 @@ impl Site {
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(12)..].join("\n")
     }
+}
+
+impl Carrick {
+    /// Runs it with `--json`; what it prints, or why it refused.
+    pub fn run(&self, arguments: &[&str]) -> anyhow::Result<Result<Value, Refusal>> {
+        answered(arguments, self.tell(Command::new(programs()?.join("carrick"))).args(arguments))
+    }
+
+    /// The same, which must not take longer than so.
+    pub fn run_within(&self, limit: Duration, arguments: &[&str]) -> anyhow::Result<Result<Value, Refusal>> {
+        let mut command = Command::new("timeout");
+        command.arg("--signal=KILL").arg(limit.as_secs().to_string()).arg(programs()?.join("carrick"));
+        let begin = Instant::now();
+        let answer = answered(arguments, self.tell(command).args(arguments));
+        ensure!(begin.elapsed() < limit, "carrick {} had no answer after {limit:?}", arguments.join(" "));
+        answer
+    }
+
+    /// Where `carrickd` is reached.
+    pub fn socket(&self) -> PathBuf {
+        self.run.join("carrickd.sock")
+    }
+
+    fn tell(&self, mut command: Command) -> Command {
+        command.arg("--json").arg("--run-dir").arg(&self.run);
+        command
+    }
+}
+
+/// Runs the command; what it printed, or why it refused.
+fn answered(arguments: &[&str], command: &mut Command) -> anyhow::Result<Result<Value, Refusal>> {
+    let Output { status, stdout, stderr } = command.output()?;
+    if status.success() {
+        let text = String::from_utf8(stdout)?;
+        return Ok(Ok(if text.trim().is_empty() { Value::Null } else { serde_json::from_str(&text)? }));
+    }
+    let text = String::from_utf8_lossy(&stderr).into_owned();
+    let value: Value = serde_json::from_str(&text).with_context(|| format!("carrick {arguments:?} said {text:?}"))?;
+    let field = |name: &str| value[name].as_str().unwrap_or_default().to_owned();
+    let code = status.code().context("carrick was killed")?;
+    Ok(Err(Refusal { code, reason: field("reason"), message: field("message") }))
 }
 
 impl Drop for Site {

@@ -3,6 +3,7 @@
 mod doctor;
 mod expand;
 mod node;
+mod random;
 mod records;
 
 use crate::report::Item;
@@ -69,6 +70,12 @@ pub fn items() -> Vec<Item> {
             name: "node-killed",
             promise: "every process of the node killed at once under load, then carrickd started: fio verify goes on without an error",
             run: node::all_killed,
+        },
+        Item {
+            name: "random",
+            promise: "random operations of several clients on real devices, with kills of everything: every answer makes sense, no operation \
+                      is late without a reason, no data is lost, nothing is left",
+            run: random::random,
         },
     ]
 }
