@@ -17,6 +17,7 @@ use carrick_replicator::control::{ReplicaProcessStatus, ReplicaRequest, TargetRe
 use crate::context::{Context, unix_now};
 use crate::control::{self, CallError};
 use crate::metadata::{ExpandStep, KEY_MAX, Mutation, OperationRecord, Outcome, State, Task, VolumeRecord};
+use crate::observed::Event;
 use crate::survey::{self, Answer};
 use crate::volumes::{parse_name, ready, replica_fault};
 
@@ -95,6 +96,7 @@ pub async fn expand(context: &Context, request: Request) -> Result<Answered, Fau
     };
     if let Some(record) = record {
         context.apply(Mutation::PutOperation(record.into())).await?;
+        context.node.send(Event::Anew(volume.id)).await;
         tracing::info!(volume = %name, from = %volume.size.bytes(), to = %to.bytes(), "is to become larger");
     }
     answered.operation = context.state().running(volume.id).cloned();

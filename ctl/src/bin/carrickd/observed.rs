@@ -239,6 +239,8 @@ pub enum Event {
         /// Whether it is finished.
         finished: bool,
     },
+    /// Somebody has asked for other work on a volume: how the former failed doesn't count for it.
+    Anew(VolumeId),
     /// Everything is to end (or no longer).
     Stopping(bool),
 }
@@ -283,7 +285,10 @@ impl Observed {
                     entry.request = EndRequest::None;
                 }
             }
-            Event::Answering(id) => self.set_answers(id, Answers::Yes),
+            Event::Answering(id) => {
+                self.set_answers(id, Answers::Yes);
+                self.on_answering(id, now);
+            }
             Event::Hung(id) => self.set_answers(id, Answers::Hung),
             Event::Killed(id) => self.process(id).killed = true,
             Event::Absent(id) => self.process(id).state = ProcessState::Down { not_before: now },
@@ -308,6 +313,11 @@ impl Observed {
             }
             Event::Worked { volume, finished: true } => {
                 self.work.remove(&volume);
+            }
+            Event::Anew(volume) => {
+                if let Some(WorkState::Paused { .. }) = self.work.get(&volume) {
+                    self.work.remove(&volume);
+                }
             }
             Event::Worked { volume, finished: false } => {
                 let failures = match self.work.get(&volume) {
@@ -345,6 +355,18 @@ impl Observed {
             None => 0,
         };
         self.work.insert(volume, WorkState::Running { failures });
+    }
+
+    /// Work that failed may have waited for this process: it needn't wait any longer.
+    fn on_answering(&mut self, id: ProcessId, now: Instant) {
+        for (volume, work) in &mut self.work {
+            let may_concern = matches!(id, ProcessId::Replica(_)) || id == ProcessId::Target(*volume);
+            if let WorkState::Paused { until, .. } = work
+                && may_concern
+            {
+                *until = now.min(*until);
+            }
+        }
     }
 
     fn on_ended(&mut self, id: ProcessId, exit: Exit, now: Instant) {
@@ -469,5 +491,30 @@ mod tests {
         assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60]);
         observed.on_event(Event::Worked { volume, finished: true }, now);
         assert!(observed.work.is_empty());
+    }
+
+    #[test]
+    fn paused_work_goes_on_when_what_it_may_wait_for_answers_or_when_other_work_is_asked_for() {
+        let now = Instant::now();
+        let (volume, another) = (VolumeId::from_bytes([7; 16]), VolumeId::from_bytes([8; 16]));
+        let mut paused = Observed::default();
+        for _ in 0..5 {
+            paused.on_work(volume);
+            paused.on_event(Event::Worked { volume, finished: false }, now);
+        }
+        let later = now + Duration::from_secs(1);
+        let until_after = |event: Event| {
+            let mut observed = paused.clone();
+            observed.on_event(event, later);
+            match observed.work.get(&volume) {
+                Some(WorkState::Paused { failures, until }) => Some((*failures, until.duration_since(now).as_secs())),
+                _ => None,
+            }
+        };
+        assert_eq!(until_after(Event::Answering(ProcessId::Target(another))), Some((5, 16)));
+        assert_eq!(until_after(Event::Answering(ProcessId::Target(volume))), Some((5, 1)));
+        assert_eq!(until_after(Event::Answering(ProcessId::Replica(StoreId::from_bytes([1; 16])))), Some((5, 1)));
+        assert_eq!(until_after(Event::Anew(another)), Some((5, 16)));
+        assert_eq!(until_after(Event::Anew(volume)), None);
     }
 }
