@@ -259,7 +259,7 @@ impl Event {
             | Self::EndAnswered { process, .. }
             | Self::Ended { process, .. }
             | Self::Refused(process) => Some(*process),
-            Self::Worked { .. } | Self::Stopping(_) => None,
+            Self::Worked { .. } | Self::Anew(_) | Self::Stopping(_) => None,
         }
     }
 }

@@ -91,7 +91,7 @@ impl Client {
     fn attach(&mut self, slot: &Slot, volume: &Volume) -> anyhow::Result<()> {
         let queue_depth = if self.dice.once_in(8) { 16 } else { 128 };
         let also: &[&str] = if volume.attachment.is_some() { &["ATTACHED_DIFFERENTLY"] } else { &[] };
-        self.stage.call(&self.who, &ATTACH, slot, &Request::Attach { queue_depth }, also).map(drop)
+        self.stage.call(&self.who, &ATTACH, slot, &Request::Attach { queue_depth, mapped: slot.is_mapped() }, also).map(drop)
     }
 
     fn detach(&self, slot: &Slot) -> anyhow::Result<()> {

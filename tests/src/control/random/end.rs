@@ -112,7 +112,7 @@ fn look(stage: &Stage, slot: &Slot) -> anyhow::Result<Option<Volume>> {
 fn verified_and_gone(stage: &Stage, slot: &Slot) -> anyhow::Result<u64> {
     let Some(volume) = look(stage, slot)? else { return Ok(0) };
     slot.detaches.during(|| must(stage, &DETACH, slot, &Request::Detach { force: false }))?;
-    must(stage, &ATTACH, slot, &Request::Attach { queue_depth: QUEUE_DEPTH })?;
+    must(stage, &ATTACH, slot, &Request::Attach { queue_depth: QUEUE_DEPTH, mapped: slot.is_mapped() })?;
     let volume = look(stage, slot)?.filter(|now| now.id == volume.id).context("it is gone")?;
     let device = volume.device.as_deref().context("attached without a device")?;
     let mut contents = locked(&slot.contents);
@@ -141,6 +141,8 @@ fn nothing_left(site: &Site, empty: &Stores) -> anyhow::Result<()> {
     let found: Vec<_> =
         names(Path::new("/dev"))?.into_iter().filter(|name| name.starts_with("ublkb") || name.starts_with("ublkc")).collect();
     ensure!(found.is_empty(), "devices are left: {found:?}");
+    let found: Vec<_> = names(Path::new("/sys/block"))?.into_iter().filter(|name| name.starts_with("dm-")).collect();
+    ensure!(found.is_empty(), "mapped devices are left: {found:?}");
     let found = names(&site.path("run/target"))?;
     ensure!(found.is_empty(), "files are left in the run directory: {found:?}");
     let found: Vec<_> = names(&site.path("state/log"))?.into_iter().filter(|name| name.starts_with("target-")).collect();

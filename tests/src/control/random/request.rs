@@ -25,7 +25,7 @@ pub enum Request {
     Show,
     Explain,
     Create { bytes: u64, replicas: u32, block_size: u32 },
-    Attach { queue_depth: u32 },
+    Attach { queue_depth: u32, mapped: bool },
     Detach { force: bool },
     Delete,
     Expand { bytes: u64, wait: bool },
@@ -52,7 +52,9 @@ impl Request {
             Self::Create { bytes, replicas, block_size } => {
                 format!("volume create {name} --size {bytes} --replicas {replicas} --block-size {block_size}")
             }
-            Self::Attach { queue_depth } => format!("attach {name} --queue-depth {queue_depth}"),
+            Self::Attach { queue_depth, mapped } => {
+                format!("attach {name} --queue-depth {queue_depth} --map {}", if *mapped { "always" } else { "auto" })
+            }
             Self::Detach { force } => format!("detach {name}{}", if *force { " --force" } else { "" }),
             Self::Delete => format!("volume delete {name}"),
             Self::Expand { bytes, wait } => format!("volume expand {name} {bytes}{}", if *wait { " --wait" } else { "" }),
@@ -102,8 +104,9 @@ impl Request {
                 let request = v1::CreateVolumeRequest { name, size_bytes, replicas, block_size, stores: Vec::new() };
                 json(volumes.create_volume(request).await?.into_inner().volume)
             }
-            &Self::Attach { queue_depth } => {
-                let request = v1::AttachVolumeRequest { name, host: false, queue_depth: Some(queue_depth) };
+            &Self::Attach { queue_depth, mapped } => {
+                let map = if mapped { v1::Map::Always } else { v1::Map::Unspecified };
+                let request = v1::AttachVolumeRequest { name, host: false, queue_depth: Some(queue_depth), map: map.into() };
                 json(volumes.attach_volume(request).await?.into_inner())
             }
             &Self::Detach { force } => json(volumes.detach_volume(v1::DetachVolumeRequest { name, force }).await?.into_inner()),
