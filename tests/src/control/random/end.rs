@@ -92,12 +92,13 @@ fn unsettled(site: &Site) -> anyhow::Result<Vec<String>> {
     Ok(found)
 }
 
-/// Nothing is killed any more: no command is refused.
+/// Nothing is killed any more: no command is refused, unless a child of this process still has the device open, for a moment.
 fn must(stage: &Stage, kind: &Kind, slot: &Slot, request: &Request) -> anyhow::Result<Value> {
-    match stage.call(WHO, kind, slot, request, &[])? {
-        Answer::Done(value) => Ok(value),
+    wait_for("the command to be done", SOON, || match stage.call(WHO, kind, slot, request, &[])? {
+        Answer::Done(value) => Ok(Some(value)),
+        Answer::Refused(reason) if reason == "DEVICE_BUSY" => Ok(None),
         other => bail!("{request:?}: {other:?}"),
-    }
+    })
 }
 
 fn look(stage: &Stage, slot: &Slot) -> anyhow::Result<Option<Volume>> {

@@ -10,7 +10,7 @@ use carrick_ctl::fault::Reason;
 use serde_json::Value;
 
 use super::request::Request;
-use super::slot::Slot;
+use super::slot::{Attempts, Slot};
 use crate::site::{Carrick, Refusal, SOON};
 
 /// A question is answered from memory, by processes that have 3 s for it each.
@@ -19,6 +19,8 @@ const QUESTION_MAX: Duration = Duration::from_secs(20);
 const CHANGE_MAX: Duration = Duration::from_secs(60);
 /// One of so many requests is made by the command, which is slow to start.
 const COMMAND_EVERY: u64 = 16;
+/// What the kernel calls this process: the first 15 bytes.
+const OWN_NAME: &str = "carrick-accepta";
 /// What happened lately, for a failure: enough for the last minute.
 const JOURNAL_MAX: usize = 20_000;
 
@@ -93,6 +95,8 @@ pub struct Stage {
     restarted: Condvar,
     stopped: AtomicBool,
     requests: AtomicU64,
+    /// Programs that are started.
+    forks: Attempts,
     began: Instant,
     journal: Mutex<VecDeque<String>>,
     tally: Mutex<Tally>,
@@ -120,6 +124,7 @@ impl Stage {
             restarted: Condvar::new(),
             stopped: AtomicBool::new(false),
             requests: AtomicU64::new(0),
+            forks: Attempts::default(),
             began: Instant::now(),
             journal: Mutex::default(),
             tally: Mutex::default(),
@@ -139,6 +144,7 @@ impl Stage {
         let line = request.arguments(&slot.name).join(" ");
         self.note(format!("{who} {}: {line}", slot.name));
         let before = *locked(&self.restarts);
+        let forks = self.forks.quiet();
         let begin = Instant::now();
         let answer = self.ask(kind, &slot.name, request).with_context(|| format!("{who}: carrick {line}"))?;
         let took = begin.elapsed();
@@ -148,6 +154,9 @@ impl Stage {
             Err(refusal) if refusal.reason == Reason::DaemonUnreachable.as_str() && was_away => Answer::Away,
             Err(refusal) => {
                 let rival = slot.is_shared && kind.by_rival.contains(&refusal.reason.as_str());
+                // Until it becomes another program, a child of this process has open what this one has.
+                let child = refusal.message.contains(OWN_NAME) && forks != Some(self.forks.begun());
+                let rival = rival || refusal.reason == "DEVICE_BUSY" && child;
                 let is_right = rival || kind.by_death.iter().chain(also).any(|reason| *reason == refusal.reason);
                 self.note(format!("{who} {}: {line}: {}", slot.name, refusal.message));
                 ensure!(is_right, "{who}: carrick {line}: {refusal:?}");
@@ -173,7 +182,8 @@ impl Stage {
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
         if request.is_long() || number.is_multiple_of(COMMAND_EVERY) {
             let arguments = request.arguments(name);
-            return self.carrick.run_within(kind.limit, &arguments.iter().map(String::as_str).collect::<Vec<_>>());
+            let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+            return self.forks.during(|| self.carrick.run_within(kind.limit, &arguments));
         }
         let answer = request.ask(&self.carrick.socket(), name, kind.limit)?;
         answer.with_context(|| format!("no answer after {:?}", kind.limit))
@@ -182,7 +192,7 @@ impl Stage {
     /// Kills or starts `carrickd` around this.
     pub fn restart<T>(&self, restart: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
         locked(&self.restarts).begun += 1;
-        let result = restart()?;
+        let result = self.forks.during(restart)?;
         locked(&self.restarts).done += 1;
         self.restarted.notify_all();
         Ok(result)
