@@ -14,12 +14,13 @@ const PROTO: [&str; 6] = [
 ];
 
 /// Enum fields, and the function of `crate::json` that writes them as words.
-const ENUM_FIELDS: [(&str, &str); 10] = [
+const ENUM_FIELDS: [(&str, &str); 11] = [
     ("Store.process", "process_state"),
     ("Volume.state", "volume_state"),
     ("Replica.state", "replica_state"),
     ("Attachment.state", "attachment_state"),
     ("Attachment.phase", "target_phase"),
+    ("Attachment.map", "map"),
     ("Process.kind", "process_kind"),
     ("Process.state", "process_state"),
     ("Operation.kind", "operation_kind"),

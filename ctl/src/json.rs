@@ -3,7 +3,7 @@
 use serde::Serializer;
 
 use crate::v1::{
-    AttachmentState, DeviceGrowth, OperationKind, OperationState, ProcessKind, ProcessState, ReplicaState, TargetPhase, VolumeState,
+    AttachmentState, DeviceGrowth, Map, OperationKind, OperationState, ProcessKind, ProcessState, ReplicaState, TargetPhase, VolumeState,
 };
 
 macro_rules! as_words {
@@ -28,6 +28,7 @@ as_words! {
     attachment_state: AttachmentState, "ATTACHMENT_STATE_";
     target_phase: TargetPhase, "TARGET_PHASE_";
     device_growth: DeviceGrowth, "DEVICE_GROWTH_";
+    map: Map, "MAP_";
     operation_kind: OperationKind, "OPERATION_KIND_";
     operation_state: OperationState, "OPERATION_STATE_";
 }

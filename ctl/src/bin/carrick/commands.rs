@@ -288,7 +288,7 @@ async fn wait_until_verified(client: &Client, name: String) -> Result<v1::Volume
 async fn attach(client: &Client, output: &Output, arguments: Attach) -> Result<(), Problem> {
     let Attach { name, host, queue_depth, map } = arguments;
     let map = match map {
-        MapWhen::Auto => v1::Map::Unspecified,
+        MapWhen::Auto => v1::Map::Auto,
         MapWhen::Always => v1::Map::Always,
         MapWhen::Never => v1::Map::Never,
     };

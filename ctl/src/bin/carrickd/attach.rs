@@ -57,7 +57,7 @@ impl Options {
     pub fn new(request: &v1::AttachVolumeRequest) -> Result<Self, Fault> {
         let v1::AttachVolumeRequest { host, queue_depth, map, .. } = *request;
         let map = match v1::Map::try_from(map) {
-            Ok(v1::Map::Unspecified) => Map::Auto,
+            Ok(v1::Map::Auto) => Map::Auto,
             Ok(v1::Map::Always) => Map::Always,
             Ok(v1::Map::Never) => Map::Never,
             Err(_) => return Err(Fault::invalid("map", format!("{map} is no way to map a device: update carrickd"))),

@@ -278,7 +278,7 @@ fn attachment_message(record: &AttachmentRecord, target: Option<&Answer<TargetSt
         host: record.host,
         queue_depth: record.queue_depth.into(),
         map: match record.map {
-            Map::Auto => v1::Map::Unspecified,
+            Map::Auto => v1::Map::Auto,
             Map::Always => v1::Map::Always,
             Map::Never => v1::Map::Never,
         }

@@ -105,7 +105,7 @@ impl Request {
                 json(volumes.create_volume(request).await?.into_inner().volume)
             }
             &Self::Attach { queue_depth, mapped } => {
-                let map = if mapped { v1::Map::Always } else { v1::Map::Unspecified };
+                let map = if mapped { v1::Map::Always } else { v1::Map::Auto };
                 let request = v1::AttachVolumeRequest { name, host: false, queue_depth: Some(queue_depth), map: map.into() };
                 json(volumes.attach_volume(request).await?.into_inner())
             }
