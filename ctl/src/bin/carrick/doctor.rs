@@ -1,7 +1,9 @@
 //! `carrick doctor`: whether this machine can do what Carrick needs, measured where that is possible, and what to do where it can't.
 
 mod disk;
+mod smart;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -65,6 +67,7 @@ pub fn examine(status: &Result<v1::GetStatusResponse, String>) -> Vec<Check> {
                 checks.push(room(store));
                 checks.push(flushes(store));
             }
+            checks.extend(healths(&status.stores));
             if status.stores.is_empty() {
                 checks.push(Check::new("stores", Verdict::Warn, "there are none", "carrick store add PATH, one for each disk"));
             }
@@ -195,6 +198,13 @@ fn judge(name: String, disk: &Disk, flushes: &Flushes) -> Check {
                       between it and the disk passes flushes on";
         Check::new(name, Verdict::Fail, found, advice)
     }
+}
+
+/// What the disks under the stores say of themselves, each once.
+fn healths(stores: &[v1::Store]) -> Vec<Check> {
+    // Whose disk can't be found was told with its flushes.
+    let disks: BTreeSet<_> = stores.iter().filter_map(|store| Disk::of(Path::new(&store.path)).ok()).flat_map(|disk| disk.each()).collect();
+    disks.iter().filter_map(|disk| smart::health(Path::new("smartctl"), disk)).collect()
 }
 
 /// All checks, for people.

@@ -94,7 +94,12 @@ impl Disk {
 
     /// What they are called.
     pub fn names(&self) -> String {
-        self.leaves.iter().map(|leaf| leaf.name.as_str()).collect::<Vec<_>>().join(", ")
+        self.each().join(", ")
+    }
+
+    /// The same, one by one.
+    pub fn each(&self) -> Vec<String> {
+        self.leaves.iter().map(|leaf| leaf.name.clone()).collect()
     }
 
     /// Flushes so far of the device with a volatile cache that had the fewest since `before`.
