@@ -67,6 +67,11 @@ impl Disk {
         Ok(longest)
     }
 
+    /// Brings what was written to stable media.
+    pub fn flush(&self) -> anyhow::Result<()> {
+        Ok(self.file.sync_all()?)
+    }
+
     /// Reads one.
     pub fn read_block(&self, index: u64) -> std::io::Result<Vec<u8>> {
         let mut block = Block::filled(0);

@@ -40,6 +40,10 @@ struct Arguments {
 enum Topic {
     /// Operations that finish, growth that never sticks, restarts that nobody notices.
     Control,
+    /// The part of that before the machine's power goes.
+    ControlBeforeBoot,
+    /// The part after it came back.
+    ControlAfterBoot,
     /// A replicated volume on a real kernel, end to end.
     FirstVolume,
     /// Replicas that come back by themselves, with no more work than they missed.
@@ -57,6 +61,8 @@ fn main() -> ExitCode {
     let plan = report::Plan { quick: arguments.quick, seed };
     let items = match arguments.topic {
         Topic::Control => control::items(),
+        Topic::ControlBeforeBoot => control::boot_items().into_iter().next().unwrap_or_default(),
+        Topic::ControlAfterBoot => control::boot_items().into_iter().nth(1).unwrap_or_default(),
         Topic::FirstVolume => first_volume::items(),
         Topic::Replication => replication::items(),
         Topic::Store => store::items(),

@@ -45,7 +45,9 @@ pub fn run(items: &[Item], plan: &Plan, only: &str) -> ExitCode {
             }
         }
     }
-    println!("{passed} passed, {failed} failed");
+    if passed + failed > 0 {
+        println!("{passed} passed, {failed} failed");
+    }
     match (passed, failed) {
         (0, 0) => ExitCode::from(NOTHING),
         (_, 0) => ExitCode::SUCCESS,

@@ -22,7 +22,9 @@ const STORE_SIZE: &str = "512M";
 
 /// A node under test.
 pub struct Site {
-    folder: TempDir,
+    folder: PathBuf,
+    /// Removes the folder, if it isn't kept.
+    _temporary: Option<TempDir>,
     daemon: Option<Child>,
     /// Where `carrickd` finds what it starts.
     bin_dir: PathBuf,
@@ -65,7 +67,17 @@ impl Site {
     /// The same, with the programs that it starts in this folder.
     pub fn start_with(bin_dir: PathBuf) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("carrick-site-").tempdir()?;
-        let mut site = Self { folder, daemon: None, bin_dir };
+        Self::in_folder(folder.path().to_owned(), Some(folder), bin_dir)
+    }
+
+    /// A daemon whose folder stays. If there is one, it goes on with it.
+    pub fn kept_in(folder: PathBuf) -> anyhow::Result<Self> {
+        fs::create_dir_all(&folder)?;
+        Self::in_folder(folder, None, programs()?)
+    }
+
+    fn in_folder(folder: PathBuf, temporary: Option<TempDir>, bin_dir: PathBuf) -> anyhow::Result<Self> {
+        let mut site = Self { folder, _temporary: temporary, daemon: None, bin_dir };
         site.start_daemon()?;
         Ok(site)
     }
@@ -88,7 +100,7 @@ impl Site {
 
     /// A path in the site's folder.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.folder.join(name)
     }
 
     /// Starts `carrickd`, and waits until it answers.

@@ -1,5 +1,6 @@
 //! What control must hold: operations that finish, growth that never sticks, restarts that nobody notices.
 
+mod boot;
 mod doctor;
 mod expand;
 mod node;
@@ -78,4 +79,19 @@ pub fn items() -> Vec<Item> {
             run: random::random,
         },
     ]
+}
+
+/// Before the machine's power goes, and after: each on a machine of its own.
+pub fn boot_items() -> [Vec<Item>; 2] {
+    let before = Item {
+        name: "boot-before",
+        promise: "a machine with volumes attached, one of them mapped, one for the host, loses its power",
+        run: boot::before,
+    };
+    let after = Item {
+        name: "boot-after",
+        promise: "booted again, carrickd attaches by itself what was attached, within 30 s, and what was flushed is there",
+        run: boot::after,
+    };
+    [vec![before], vec![after]]
 }

@@ -14,6 +14,11 @@ impl Loop {
     /// Makes the file, of so many bytes, and the device.
     pub fn new(file: &Path, bytes: u64) -> anyhow::Result<Self> {
         File::create(file)?.set_len(bytes)?;
+        Self::over(file)
+    }
+
+    /// A device that is this file.
+    pub fn over(file: &Path) -> anyhow::Result<Self> {
         let device = run("losetup", &["--find", "--show", path_text(file)?])?;
         Ok(Self(PathBuf::from(device.trim())))
     }
