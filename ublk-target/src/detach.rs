@@ -41,7 +41,8 @@ impl Service {
             }
             Err(error) => {
                 tracing::warn!(%error, force, "not detached");
-                self.progress.set(|step| *step = before);
+                // Not the device: its mapping may have been made anew.
+                self.progress.set(|step| (step.phase, step.waiting_for) = (before.phase, before.waiting_for));
                 let _ = force && self.orders.send(Order::Limit(true));
                 reply.send(TargetAnswer::Refused(error));
                 false

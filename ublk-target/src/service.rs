@@ -117,7 +117,10 @@ impl Service {
                     self.remove(id)?;
                 }
                 Step::Recover(id) => match self.recover(id)? {
-                    Recovered::Yes => break id,
+                    Recovered::Yes => {
+                        self.show(id)?;
+                        break id;
+                    }
                     Recovered::NotYet(why) => {
                         if self.pause(begun, why)? {
                             return Ok(None);
@@ -133,7 +136,6 @@ impl Service {
                 refused => return Err(refusal(refused)),
             }
         };
-        self.show(id)?;
         self.progress.set(|step| (step.phase, step.waiting_for) = (TargetPhase::Serving, None));
         let device = self.progress.get().device.unwrap_or_default();
         tracing::info!(device = %device.display(), took = ?begun.elapsed(), "the device answers");
