@@ -25,6 +25,8 @@ pub const SECTORS_BELOW: u64 = VOLUME_SIZE_MAX / SECTOR + 8;
 
 /// What the identifiers of Carrick's devices begin with. udev's rules know it.
 const PREFIX: &str = "CARRICK-";
+/// What the names of those begin with that went while somebody used them; the rest is that of the identifier.
+const GONE: &str = "carrick-gone-";
 /// `dmsetup` takes milliseconds, but waits for udev, and for requests under way when it changes a table.
 const LIMIT: Duration = Duration::from_secs(20);
 /// After it was killed. It may be inside the kernel, and is left there then.
@@ -59,8 +61,10 @@ pub enum MappingError {
 /// The mapped device of one attachment of a volume.
 #[derive(Clone, Debug)]
 pub struct Mapping {
-    /// Of all the volume's devices.
+    /// Of the identifiers of all the volume's devices.
     volume_prefix: String,
+    /// Of the names of those that went while somebody used them.
+    gone_prefix: String,
     uuid: String,
     name: String,
 }
@@ -94,7 +98,8 @@ impl Mapping {
     pub fn new(config: &TargetConfig) -> Self {
         let volume_prefix = format!("{PREFIX}{}-", config.volume);
         let uuid = format!("{volume_prefix}{}", config.attachment.get());
-        Self { volume_prefix, uuid, name: format!("carrick-{}", config.name) }
+        let gone_prefix = format!("{GONE}{}-", config.volume);
+        Self { volume_prefix, gone_prefix, uuid, name: format!("carrick-{}", config.name) }
     }
 
     /// Its name for the device mapper and for udev.
@@ -158,7 +163,7 @@ impl Mapping {
         }
         dmsetup(&["wipe_table", "--nolockfs", &there.name])?;
         // The name is for the next attachment.
-        let gone = format!("carrick-gone-{}", there.minor);
+        let gone = format!("{GONE}{}", there.uuid.trim_start_matches(PREFIX));
         if there.name != gone {
             dmsetup(&["rename", &there.name, &gone])?;
         }
@@ -167,23 +172,38 @@ impl Mapping {
 
     /// All that there are of the volume.
     fn listed(&self) -> Result<Vec<Listed>, MappingError> {
-        let said = dmsetup(&["info", "--columns", "--noheadings", "--separator", "/", "-o", "name,uuid,minor"])?;
-        Ok(said.lines().filter_map(Listed::read).filter(|there| there.uuid.starts_with(&self.volume_prefix)).collect())
+        let mut found = Vec::new();
+        for (name, minor) in names()?.into_iter().filter(|(name, _)| *name == self.name || name.starts_with(&self.gone_prefix)) {
+            match dmsetup(&["info", "--columns", "--noheadings", "-o", "uuid", &name]) {
+                Ok(uuid) => found.push(Listed { name, uuid: uuid.trim().to_owned(), minor }),
+                // It went in between.
+                Err(_) if !names()?.iter().any(|(there, _)| *there == name) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        // Others may call theirs so, too.
+        found.retain(|there| there.uuid.starts_with(&self.volume_prefix));
+        Ok(found)
     }
 }
 
 impl Listed {
-    /// From `NAME/UUID/N`. Devices of others may have names of any form, and aren't ours.
-    fn read(line: &str) -> Option<Self> {
-        let mut fields = line.trim().split('/').map(str::to_owned);
-        let (name, uuid, minor) = (fields.next()?, fields.next()?, fields.next()?);
-        (uuid.starts_with(PREFIX) && fields.next().is_none()).then_some(Self { name, uuid, minor })
-    }
-
     fn path(&self) -> PathBuf {
         // The kernel's own name: it is there whatever udev does.
         PathBuf::from(format!("/dev/dm-{}", self.minor))
     }
+}
+
+/// Names and minor numbers of all mapped devices. One question to the kernel: others' devices come and go meanwhile.
+fn names() -> Result<Vec<(String, String)>, MappingError> {
+    Ok(dmsetup(&["ls"])?.lines().filter_map(read_name).collect())
+}
+
+/// From `NAME\t(252:3)`, or, by old ones, `NAME\t(252, 3)`.
+fn read_name(line: &str) -> Option<(String, String)> {
+    let (name, number) = line.split_once('\t')?;
+    let minor = number.trim().strip_prefix('(')?.strip_suffix(')')?.rsplit([':', ',']).next()?.trim();
+    minor.bytes().all(|byte| byte.is_ascii_digit()).then(|| (name.to_owned(), minor.to_owned()))
 }
 
 fn table(disk_number: &str, size: VolumeSize) -> String {
@@ -243,13 +263,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_of_others_are_not_taken_for_ours() {
-        let line = "carrick-vm1/CARRICK-0f8fad5b-d9cb-469f-a165-70867728950e-3/4";
-        let ours = Listed::read(line).unwrap();
-        assert_eq!((ours.name.as_str(), ours.minor.as_str()), ("carrick-vm1", "4"));
-        assert_eq!(ours.path(), Path::new("/dev/dm-4"));
-        for other in ["No devices found", "", "vg-root/LVM-abc/0", "a/b/CARRICK-x/1", "carrick-vm1//1"] {
-            assert_eq!(Listed::read(other), None, "{other}");
+    fn names_are_read_as_all_versions_print_them() {
+        for line in ["carrick-vm1\t(252:4)", "carrick-vm1\t(252, 4)"] {
+            assert_eq!(read_name(line), Some(("carrick-vm1".into(), "4".into())));
+        }
+        for line in ["No devices found", "", "carrick-vm1\t", "carrick-vm1\t(252:x)"] {
+            assert_eq!(read_name(line), None, "{line}");
         }
     }
 
