@@ -68,7 +68,7 @@ impl Service {
         }
         files::remove(&self.config_path);
         files::remove(&self.run.target_control(self.config.volume));
-        files::remove(&self.run.target_failure(self.config.volume));
+        files::remove_whole(&self.run.target_failure(self.config.volume));
         files::remove(&self.run.target_lock(self.config.volume));
         Ok(())
     }
@@ -135,10 +135,10 @@ impl Service {
         // Before the device is forgotten, by which a mapping that is still there would be found again.
         if is_below {
             self.mapping.retire().map_err(failed)?;
-            files::remove(&self.run.udev_environment(self.mapping.name()));
+            files::remove_whole(&self.run.udev_environment(self.mapping.name()));
         }
         ignore_absent(self.driver.delete(id))?;
-        files::remove(&self.run.udev_environment(&sysfs::disk_name(id)));
+        files::remove_whole(&self.run.udev_environment(&sysfs::disk_name(id)));
         self.progress.set(|step| (step.device, step.size) = (None, None));
         Ok(())
     }

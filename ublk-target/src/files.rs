@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use carrick_backing_store::VolumeId;
 use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory, TargetConfig};
@@ -116,9 +116,7 @@ pub fn write_whole(path: &Path, content: &[u8], mode: u32) -> io::Result<bool> {
         return Ok(false);
     }
     make_folder_of(path)?;
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.new", std::process::id()));
-    let new = path.with_file_name(name);
+    let new = new_name(path);
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&new)?;
     // Whatever the umask says.
     file.set_permissions(Permissions::from_mode(mode))?;
@@ -126,6 +124,20 @@ pub fn write_whole(path: &Path, content: &[u8], mode: u32) -> io::Result<bool> {
     drop(file);
     fs::rename(&new, path)?;
     Ok(true)
+}
+
+/// Where a file is written before it takes its place. Whatever a writer that was killed left there is written over by the next: there is
+/// one target for each volume, and one device for each target.
+fn new_name(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(".new");
+    path.with_file_name(name)
+}
+
+/// Removes a file that is written as a whole, and what a writer that was killed left of it.
+pub fn remove_whole(path: &Path) {
+    remove(&new_name(path));
+    remove(path);
 }
 
 /// Says on the run directory why this target ends.
@@ -246,5 +258,10 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o644);
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no half-written file stays");
+        fs::write(path.with_file_name("ublkb0.env.new"), b"half").unwrap();
+        assert!(write_whole(&path, b"three", 0o644).unwrap());
+        fs::write(path.with_file_name("ublkb0.env.new"), b"half").unwrap();
+        remove_whole(&path);
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 0, "nor after a kill");
     }
 }

@@ -52,7 +52,7 @@ pub fn run(options: Options) -> ExitCode {
         // Another target lives: the file that says why a target ended is not about this one.
         Err(error) => return complain(&error),
     };
-    files::remove(&options.run.target_failure(volume));
+    files::remove_whole(&options.run.target_failure(volume));
     let run = options.run.clone();
     std::panic::set_hook(Box::new(move |panic| {
         let error = ControlError { code: ControlErrorCode::Failed, message: format!("internal error: {panic}") };
