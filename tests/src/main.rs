@@ -61,8 +61,8 @@ fn main() -> ExitCode {
     let plan = report::Plan { quick: arguments.quick, seed };
     let items = match arguments.topic {
         Topic::Control => control::items(),
-        Topic::ControlBeforeBoot => control::boot_items().into_iter().next().unwrap_or_default(),
-        Topic::ControlAfterBoot => control::boot_items().into_iter().nth(1).unwrap_or_default(),
+        Topic::ControlBeforeBoot => control::before_boot(),
+        Topic::ControlAfterBoot => control::after_boot(),
         Topic::FirstVolume => first_volume::items(),
         Topic::Replication => replication::items(),
         Topic::Store => store::items(),

@@ -90,12 +90,18 @@ impl Site {
     /// The same, each of this size.
     pub fn with_sized_stores(count: usize, size: &str) -> anyhow::Result<Self> {
         let site = Self::start()?;
-        for index in 0..count {
-            let path = site.path(&format!("store{index}"));
-            fs::create_dir_all(&path)?;
-            site.carrick(&["store", "add", path_text(&path)?, "--size", size])?;
-        }
+        site.add_stores(count, size)?;
         Ok(site)
+    }
+
+    /// Adds this many stores of this size, in folders of its own.
+    pub fn add_stores(&self, count: usize, size: &str) -> anyhow::Result<()> {
+        for index in 0..count {
+            let path = self.path(&format!("store{index}"));
+            fs::create_dir_all(&path)?;
+            self.carrick(&["store", "add", path_text(&path)?, "--size", size])?;
+        }
+        Ok(())
     }
 
     /// A path in the site's folder.

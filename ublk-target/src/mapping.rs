@@ -124,9 +124,14 @@ impl Mapping {
         let (ours, old): (Vec<_>, Vec<_>) = self.listed()?.into_iter().partition(|there| there.uuid == self.uuid);
         // Of an attachment that was ended by force while somebody used it.
         old.iter().try_for_each(Self::retire_listed)?;
-        if ours.is_empty() {
-            dmsetup(&["create", &self.name, "--uuid", &self.uuid, "--notable"])?;
-        }
+        let device = match ours.first() {
+            Some(there) => there.path(),
+            None => {
+                dmsetup(&["create", &self.name, "--uuid", &self.uuid, "--notable"])?;
+                let gone = || MappingError::Refused { command: "ls".into(), said: format!("{} is gone again", self.name) };
+                self.find()?.ok_or_else(gone)?
+            }
+        };
         let number = std::fs::read_to_string(sysfs::block_folder(disk).join("dev")).map_err(MappingError::NoProgram)?;
         let table = table(number.trim(), size);
         if dmsetup(&["table", "--uuid", &self.uuid])?.trim() != table {
@@ -135,8 +140,7 @@ impl Mapping {
             // needn't be quiet for that, and freezing one would wait for all that it has to write.
             dmsetup(&["resume", "--nolockfs", "--uuid", &self.uuid])?;
         }
-        let gone = || MappingError::Refused { command: "info".into(), said: format!("{} is gone again", self.name) };
-        self.find()?.ok_or_else(gone)
+        Ok(device)
     }
 
     /// Removes the device if nobody has it open.

@@ -56,11 +56,7 @@ pub fn before(_: &Plan) -> Found {
     run("mkfs.ext4", &["-q", path_text(disk.path())?])?;
     let kept = start(disk)?;
     let site = &kept.site;
-    for index in 0..3 {
-        let path = site.path(&format!("store{index}"));
-        fs::create_dir_all(&path)?;
-        site.carrick(&["store", "add", path_text(&path)?, "--size", "400M"])?;
-    }
+    site.add_stores(3, "400M")?;
     for (value, (name, options)) in (1..).zip(ATTACHED.iter().chain([&(DETACHED, &[] as &[&str])])) {
         site.carrick(&["volume", "create", name, "--size", "16M"])?;
         let disk = Disk::open(&site.attach(name, options)?)?;

@@ -81,17 +81,20 @@ pub fn items() -> Vec<Item> {
     ]
 }
 
-/// Before the machine's power goes, and after: each on a machine of its own.
-pub fn boot_items() -> [Vec<Item>; 2] {
-    let before = Item {
+/// Before the machine's power goes.
+pub fn before_boot() -> Vec<Item> {
+    vec![Item {
         name: "boot-before",
         promise: "a machine with volumes attached, one of them mapped, one for the host, loses its power",
         run: boot::before,
-    };
-    let after = Item {
+    }]
+}
+
+/// After that, on another machine with the same disk.
+pub fn after_boot() -> Vec<Item> {
+    vec![Item {
         name: "boot-after",
         promise: "booted again, carrickd attaches by itself what was attached, within 30 s, and what was flushed is there",
         run: boot::after,
-    };
-    [vec![before], vec![after]]
+    }]
 }

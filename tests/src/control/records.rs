@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use crate::first_volume::chaos::{COPY_LIMIT, verifying_load};
 use crate::replicas::identical;
 use crate::report::{Found, Plan};
-use crate::site::{SOON, Site, path_text, signal, wait_for};
+use crate::site::{SOON, Site, signal, wait_for};
 use crate::small_disk::SmallDisk;
 
 const VOLUME: &str = "vm1";
@@ -24,11 +24,7 @@ pub fn full(plan: &Plan) -> Found {
     let state = site.path("state");
     let small = SmallDisk::mount(&state, "8m")?;
     site.start_daemon()?;
-    for index in 0..3 {
-        let path = site.path(&format!("store{index}"));
-        fs::create_dir_all(&path)?;
-        site.carrick(&["store", "add", path_text(&path)?, "--size", "200M"])?;
-    }
+    site.add_stores(3, "200M")?;
     site.carrick(&["volume", "create", VOLUME, "--size", "16M"])?;
     let device = site.attach(VOLUME, &[])?;
     let stop = site.path("stop-fio");

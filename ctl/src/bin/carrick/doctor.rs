@@ -223,10 +223,17 @@ pub fn words(checks: &[Check]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
+    use std::os::unix::fs::PermissionsExt;
     use std::time::Duration;
 
     use super::*;
+
+    /// A program that says what a real one would.
+    pub fn write_script(path: &Path, commands: &str) {
+        fs::write(path, format!("#!/bin/sh\n{commands}\n")).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
 
     #[test]
     fn a_switch_that_forbids_io_uring_is_told_with_its_cure() {
@@ -244,8 +251,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let answer = |script: &str| {
             let program = folder.path().join("carrick-target");
-            fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
-            fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            write_script(&program, script);
             ublk(&program)
         };
         let report = |missing: &str, can: &str| {

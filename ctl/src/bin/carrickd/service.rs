@@ -78,7 +78,7 @@ impl Services {
         let replicas = if targets.values().any(Result::is_ok) {
             BTreeMap::new()
         } else {
-            survey::replicas(&self.context, state.stores.keys().copied()).await
+            survey::replicas(&self.context, record.replicas.iter().copied()).await
         };
         let observed = self.context.node.observed();
         Ok(View { state, trouble: None, observed: &observed, replicas: &replicas, targets: &targets }.volume(record))

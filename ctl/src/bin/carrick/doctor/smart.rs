@@ -41,10 +41,8 @@ pub fn health(program: &Path, disk: &str) -> Option<Check> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
+    use crate::doctor::tests::write_script;
 
     #[test]
     fn a_disk_that_is_failing_is_told() {
@@ -52,8 +50,7 @@ mod tests {
         let program = folder.path().join("smartctl");
         assert_eq!(health(&program, "sda"), None, "it isn't installed");
         let says = |script: &str| {
-            fs::write(&program, format!("#!/bin/sh\n[ \"$3\" = /dev/sda ] || exit 1\n{script}\n")).unwrap();
-            fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+            write_script(&program, &format!("[ \"$3\" = /dev/sda ] || exit 1\n{script}"));
             health(&program, "sda").unwrap()
         };
         assert_eq!(says(r#"echo '{"smart_status":{"passed":true}}'; exit 64"#).verdict, Verdict::Pass);
