@@ -324,6 +324,9 @@ pub struct TargetConfig {
     pub host: bool,
     /// The volume's replicas: all members of the config.
     pub replicas: Vec<ReplicaAddress>,
+    /// Those of their stores whose replicas are to stop counting once all others do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub retiring: Vec<StoreId>,
     /// As in [`TargetRequest::SetRebuildRate`].
     #[serde(default)]
     pub rebuild_rate: Option<ByteLength>,

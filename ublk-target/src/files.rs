@@ -183,6 +183,7 @@ mod tests {
             host: false,
             rebuild_rate: None,
             records: None,
+            retiring: Vec::new(),
             attachment: Attachment::NONE,
             limits: Limits::default(),
             map: Map::Auto,

@@ -8,7 +8,7 @@ use std::thread;
 
 use carrick_backing_store::{BufferPool, VolumeId};
 use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory, TargetAnswer, TargetConfig};
-use carrick_replicator::engine::{ConfigRequest, EngineConfig, Predecessor};
+use carrick_replicator::engine::{ConfigRequest, EngineConfig, MemberIndex, MemberSet, Predecessor};
 use carrick_replicator::io::{ControlSocket, Primary, PrimaryError, Sender, listen_unix, mailbox};
 use uuid::Uuid;
 
@@ -151,6 +151,7 @@ fn serve(
     let engine = EngineConfig {
         copy_rate: config.rebuild_rate,
         changes_config: records.is_some(),
+        retiring: retiring(&config),
         attachment: config.attachment,
         // carrickd starts one target after the other has ended, and the kernel gives a device to one process at a time.
         predecessor: Predecessor::Ended,
@@ -164,6 +165,12 @@ fn serve(
         primary = primary.with_records(move |request| assert!(records.try_send(request).is_ok(), "{request:?} is not asked"));
     }
     primary.run(&mut TargetFrontEnd::new(config, mailboxes, notices, progress, pool))
+}
+
+/// Which of the replicas are to stop counting.
+fn retiring(config: &TargetConfig) -> MemberSet {
+    let indices = config.replicas.iter().enumerate().filter(|(_, replica)| config.retiring.contains(&replica.store));
+    indices.map(|(index, _)| MemberIndex(index)).collect()
 }
 
 fn explain(error: &PrimaryError) -> ControlError {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use carrick_backing_store::{ByteLength, Extent, SharedBuffer, Term, VolumeId, VolumeSize};
 
-use super::config::{Attachment, ConfigRequest};
+use super::config::{Attachment, ConfigRequest, MemberSet};
 use crate::wire::Frame;
 
 /// Index of a replica in the volume's config.
@@ -46,6 +46,8 @@ pub struct EngineConfig {
     pub copy_rate: Option<ByteLength>,
     /// Whether replicas that are lost are left out of the config. Only with a record that outlives this process.
     pub changes_config: bool,
+    /// Replicas that are to go: each stops counting once all others count, and is not copied to or taken in any more.
+    pub retiring: MemberSet,
     /// Which attachment of the volume this is: the metadata store lets no earlier one go on.
     pub attachment: Attachment,
     /// Whether somebody else may still be primary.
@@ -70,6 +72,7 @@ impl EngineConfig {
             epoch_time: Duration::from_secs(1),
             copy_rate: None,
             changes_config: false,
+            retiring: MemberSet::NONE,
             attachment: Attachment::NONE,
             predecessor: Predecessor::MayServe,
             labels: Vec::new(),

@@ -29,6 +29,9 @@ const RETRY: Duration = Duration::from_secs(1);
 pub struct MemberSet(u8);
 
 impl MemberSet {
+    /// None of them.
+    pub const NONE: Self = Self(0);
+
     /// The first `count` replicas, at most [`MEMBERS_MAX`].
     #[must_use]
     pub fn first(count: usize) -> Self {
@@ -333,7 +336,8 @@ impl Engine {
         let voters = self.voters();
         for index in earlier.iter().filter(|index| !voters.contains(*index)) {
             if self.members[index.0].in_sync {
-                self.leave_behind(now, index, "it was lost or too slow, and no longer counts");
+                let why = if self.is_retiring(index) { "it is to go" } else { "it was lost or too slow" };
+                self.leave_behind(now, index, &format!("{why}, and no longer counts"));
             }
         }
         self.advance_acknowledged(now);
@@ -350,8 +354,9 @@ impl Engine {
         if !self.config.changes_config {
             return;
         }
-        let kept: MemberSet = record.members.iter().filter(|index| !self.is_lost(now, *index)).collect();
-        let back = |index: &MemberIndex| !record.members.contains(*index) && self.members[index.0].is_joined();
+        let goes = |index: &MemberIndex| self.is_lost(now, *index) || self.may_go(now, record.members, *index);
+        let kept: MemberSet = record.members.iter().filter(|index| !goes(index)).collect();
+        let back = |index: &MemberIndex| !record.members.contains(*index) && self.members[index.0].is_joined() && !self.is_retiring(*index);
         let joined: MemberSet = self.member_indices().filter(back).collect();
         if kept.is_empty() || kept == record.members && joined.is_empty() {
             (self.configs.is_waiting, self.configs.is_fresh) = (false, false);
@@ -371,6 +376,17 @@ impl Engine {
         }
         self.configs.is_waiting = false;
         self.propose(ConfigRecord { version: record.version.next(), members, term, ..record });
+    }
+
+    /// Whether it is to stop counting, whatever it has.
+    pub(super) fn is_retiring(&self, index: MemberIndex) -> bool {
+        self.config.retiring.contains(index)
+    }
+
+    /// Whether one that is to stop counting can: all others count, so none is lost by it.
+    fn may_go(&self, now: Monotonic, members: MemberSet, index: MemberIndex) -> bool {
+        let mut others = self.member_indices().filter(|other| !self.is_retiring(*other)).peekable();
+        self.is_retiring(index) && others.peek().is_some() && others.all(|other| members.contains(other) && !self.is_lost(now, other))
     }
 
     /// Whether it should no longer be waited for.

@@ -378,8 +378,9 @@ impl Engine {
         }
         for index in self.member_indices() {
             let is_behind = !self.members[index.0].in_sync && self.members[index.0].promised().is_some();
+            let is_gone = self.is_retiring(index) && !self.voters().contains(index);
             // What it has is all there is, for somebody who gives the others up, as long as there is nobody to copy from.
-            if !is_behind || self.joined_besides(index).next().is_none() {
+            if !is_behind || is_gone || self.joined_besides(index).next().is_none() {
                 continue;
             }
             if !self.may_destroy(index) {

@@ -46,6 +46,8 @@ pub struct Coverage {
     pub down_to_one: u64,
     /// Replicas that were replaced by new ones.
     pub renewed: u64,
+    /// Replicas that stopped counting because they were to go.
+    pub moved: u64,
     /// Configs that a primary was not told of.
     pub configs_untold: u64,
     pub stores: StoreCounts,
@@ -79,7 +81,7 @@ impl Coverage {
         self.numbers().into_iter().filter(|(_, number)| **number == 0).map(|(name, _)| name).collect()
     }
 
-    fn numbers(&mut self) -> [(&'static str, &mut u64); 28] {
+    fn numbers(&mut self) -> [(&'static str, &mut u64); 29] {
         [
             ("runs", &mut self.runs),
             ("target starts", &mut self.target_starts),
@@ -104,6 +106,7 @@ impl Coverage {
             ("replicas taken in", &mut self.taken_in),
             ("configs of one", &mut self.down_to_one),
             ("replicas renewed", &mut self.renewed),
+            ("replicas moved", &mut self.moved),
             ("configs untold", &mut self.configs_untold),
             ("stores reopened", &mut self.stores.reopened),
             ("openings interrupted", &mut self.stores.interrupted),

@@ -57,7 +57,20 @@ fn plan(seed: u64, log_lines: usize) -> Plan {
     };
     let rot = replicas >= 3 && seed.is_multiple_of(5);
     let grows = Dice::new(seed ^ 0x6772_6f77).once_in(3);
-    Plan { seed, replicas, requests: 200 + seed % 300, rot, grows, dense: seed % 7 < 3, pauses: seed % 4 < 3, store, bug: None, log_lines }
+    let moves = Dice::new(seed ^ 0x6d6f_7665).once_in(3);
+    Plan {
+        seed,
+        replicas,
+        requests: 200 + seed % 300,
+        rot,
+        grows,
+        moves,
+        dense: seed % 7 < 3,
+        pauses: seed % 4 < 3,
+        store,
+        bug: None,
+        log_lines,
+    }
 }
 
 /// Tells something, whether the test fails or not.
@@ -99,7 +112,8 @@ fn planted_bugs_are_found() {
     let mut missed = Vec::new();
     for bug in Bug::ALL {
         let begin = Instant::now();
-        let found = (first..first + RUNS_THAT_FIND).find(|seed| is_found(Plan { bug: Some(bug), rot: false, ..plan(*seed, LOG_LINES) }));
+        let found = (first..first + RUNS_THAT_FIND)
+            .find(|seed| is_found(Plan { bug: Some(bug), rot: false, moves: false, ..plan(*seed, LOG_LINES) }));
         let seconds = begin.elapsed().as_secs_f64();
         match found {
             Some(seed) => tell(&format!("{bug:?} was found in run {} (seed {seed}), after {seconds:.1} s", seed - first + 1)),
@@ -115,7 +129,8 @@ fn variable(name: &str) -> Option<u64> {
 
 #[test]
 fn seeds_that_failed_once_stay_fixed() {
-    FAILED_ONCE.iter().for_each(|seed| _ = run(plan(*seed, LOG_LINES), false));
+    // They are older than what has a seed of its own.
+    FAILED_ONCE.iter().for_each(|seed| _ = run(Plan { moves: false, ..plan(*seed, LOG_LINES) }, false));
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod epochs;
 mod faults;
 mod growth;
 mod last_one;
+mod moves;
 mod network;
 mod old;
 mod planted;
@@ -24,7 +25,7 @@ use std::time::Duration;
 use carrick_backing_store::dice::Dice;
 use carrick_backing_store::{BufferPool, Epoch, PowerLoss, Seq, Term};
 use carrick_replicator::control::MemberState;
-use carrick_replicator::engine::{ConfigRecord, ConfigRequest, Engine, RequestTag};
+use carrick_replicator::engine::{ConfigRecord, ConfigRequest, Engine, MemberSet, RequestTag};
 use carrick_replicator::replica::{ConnectionId, ReplicaService, ServiceAction};
 use carrick_replicator::time::Monotonic;
 use carrick_replicator::wire::Frame;
@@ -78,6 +79,8 @@ pub struct Plan {
     pub store: StoreKind,
     /// The volume begins small.
     pub grows: bool,
+    /// Replicas are moved to other stores.
+    pub moves: bool,
     /// Planted, to be found.
     pub bug: Option<Bug>,
     /// What happened longest ago is forgotten beyond so many lines.
@@ -169,6 +172,8 @@ pub struct World {
     record: ConfigRecord,
     records_away: Micros,
     growth: Growth,
+    /// Which replica is to be moved away: targets that start are told.
+    retiring: MemberSet,
     last_one: Option<LastOne>,
     timer_number: u64,
     pending: BTreeMap<RequestTag, Pending>,
@@ -234,6 +239,7 @@ impl World {
             record: ConfigRecord::first(plan.replicas),
             records_away: 0,
             growth: Growth::new(blocks, plan.replicas),
+            retiring: MemberSet::NONE,
             last_one: None,
             timer_number: 0,
             pending: BTreeMap::new(),
@@ -244,7 +250,7 @@ impl World {
             checker: Checker::default(),
             pool: BufferPool::new(1 << 20),
             faults: true,
-            fault_kinds: choose_faults(&mut Dice::new(plan.seed ^ 0x6661_756c), plan.rot, plan.bug),
+            fault_kinds: choose_faults(&mut Dice::new(plan.seed ^ 0x6661_756c), &plan),
             calm: None,
             steps: 0,
             joined: vec![false; plan.replicas],
@@ -292,6 +298,7 @@ impl World {
         for index in 0..self.machines.len() {
             self.schedule(self.now, Event::Resume(index));
         }
+        self.finish_move()?;
         let limit = self.now + HEAL_LIMIT;
         while !(self.pending.is_empty() && self.all_in_sync() && self.old.is_none() && self.has_grown()) {
             self.step()?;

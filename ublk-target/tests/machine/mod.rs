@@ -47,6 +47,7 @@ impl Machine {
             replicas: Vec::new(),
             rebuild_rate: None,
             records: None,
+            retiring: Vec::new(),
             attachment: Attachment::NONE,
             limits: Limits::default(),
             map: map(),

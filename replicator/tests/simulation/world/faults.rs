@@ -6,7 +6,7 @@ use carrick_replicator::engine::MemberIndex;
 use carrick_replicator::replica::{ConnectionId, ReplicaService};
 
 use super::planted::{Bug, Planted};
-use super::{Event, MILLISECOND, Micros, SECOND, World};
+use super::{Event, MILLISECOND, Micros, Plan, SECOND, World};
 use crate::machine_store::{BLOCKS, machine_store};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub(super) enum FaultKind {
     LoseRecords,
     /// A replica that doesn't count is replaced by one that has nothing.
     Renew,
+    /// The operator goes on with moving a replica to another store, or thinks better of it.
+    Move,
     /// Of one machine.
     Power,
     PowerEverywhere,
@@ -48,15 +50,17 @@ const ALWAYS: [FaultKind; 10] = [
 const LOSSES: [FaultKind; 3] = [FaultKind::Power, FaultKind::PowerEverywhere, FaultKind::FailSync];
 
 /// The kinds of faults in one run. Some are left out, since what one kind brings about another may mend at once.
-pub(super) fn choose_faults(dice: &mut Dice, rot: bool, bug: Option<Bug>) -> Vec<FaultKind> {
-    if let Some(faults) = bug.and_then(Bug::faults) {
+pub(super) fn choose_faults(dice: &mut Dice, plan: &Plan) -> Vec<FaultKind> {
+    if let Some(faults) = plan.bug.and_then(Bug::faults) {
         return faults.to_vec();
     }
+    let rot = plan.rot;
     let losses: &[FaultKind] = if rot { &[FaultKind::Rot] } else { &LOSSES };
     let mut kinds: Vec<FaultKind> = ALWAYS.iter().chain(losses).copied().filter(|_| dice.coin()).collect();
     if rot && !kinds.contains(&FaultKind::Rot) || kinds.is_empty() {
         kinds.push(losses[0]);
     }
+    kinds.extend(plan.moves.then_some(FaultKind::Move));
     kinds
 }
 
@@ -152,6 +156,7 @@ impl World {
                 self.note("the metadata store can't be reached".to_owned());
             }
             FaultKind::Renew => self.renew(index),
+            FaultKind::Move => self.go_on_moving(index),
             FaultKind::PowerEverywhere => self.power_fails_everywhere(),
             FaultKind::Power if self.is_peaceful() => {
                 self.kill_replica(index, PowerLoss::Yes);
@@ -171,7 +176,7 @@ impl World {
     }
 
     /// What is done with a replica that is lost for good: another takes its place, of which the next target learns.
-    fn renew(&mut self, index: usize) {
+    pub(super) fn renew(&mut self, index: usize) {
         if self.record.members.contains(MemberIndex(index)) {
             return;
         }

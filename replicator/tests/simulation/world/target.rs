@@ -67,6 +67,7 @@ impl World {
             epoch_bytes: 1 << (12 + self.dice.skewed(8)),
             epoch_time: Duration::from_micros(1 + self.dice.skewed(2 * SECOND)),
             changes_config: true,
+            retiring: self.retiring,
             attachment: self.record.attachment,
             predecessor: if self.old.is_some() && !self.has(Bug::ForgetPredecessor) { Predecessor::MayServe } else { Predecessor::Ended },
             copy_rate: self.dice.coin().then_some(ByteLength::new(1 << 20)),
