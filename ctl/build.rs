@@ -14,8 +14,9 @@ const PROTO: [&str; 6] = [
 ];
 
 /// Enum fields, and the function of `crate::json` that writes them as words.
-const ENUM_FIELDS: [(&str, &str); 11] = [
+const ENUM_FIELDS: [(&str, &str); 12] = [
     ("Store.process", "process_state"),
+    ("Store.placement", "store_placement"),
     ("Volume.state", "volume_state"),
     ("Replica.state", "replica_state"),
     ("Attachment.state", "attachment_state"),

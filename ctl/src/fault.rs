@@ -98,18 +98,24 @@ reasons! {
     NothingToSalvage = "NOTHING_TO_SALVAGE", FailedPrecondition, Precondition;
     /// There is one replica only.
     NothingToVerify = "NOTHING_TO_VERIFY", FailedPrecondition, Precondition;
-    /// The replica counts, so it can't be replaced.
+    /// The replica that is to go counts still.
     ReplicaCounts = "REPLICA_COUNTS", FailedPrecondition, Precondition;
     /// A volume never shrinks.
     VolumeLarger = "VOLUME_LARGER", FailedPrecondition, Precondition;
     /// No such operation, or it has long ended.
     OperationNotFound = "OPERATION_NOT_FOUND", NotFound, NotFound;
+    /// Another operation runs, beside which this one can't.
+    OperationRuns = "OPERATION_RUNS", FailedPrecondition, Precondition;
     /// The operation has ended.
     OperationEnded = "OPERATION_ENDED", FailedPrecondition, Precondition;
     /// What the operation has changed can't be taken back.
     OperationPastCancelling = "OPERATION_PAST_CANCELLING", FailedPrecondition, Precondition;
     /// A volume has a replica on the store.
     StoreInUse = "STORE_IN_USE", FailedPrecondition, Precondition;
+    /// The store takes no more replicas.
+    StoreDisabled = "STORE_DISABLED", FailedPrecondition, Precondition;
+    /// The node takes no more replicas, or attaches no more volumes.
+    NodeDisabled = "NODE_DISABLED", FailedPrecondition, Precondition;
     /// The folder is neither empty nor a store, or the store can't be opened.
     StoreUnusable = "STORE_UNUSABLE", FailedPrecondition, Precondition;
     /// A store has no room.

@@ -3,7 +3,8 @@
 use serde::Serializer;
 
 use crate::v1::{
-    AttachmentState, DeviceGrowth, Map, OperationKind, OperationState, ProcessKind, ProcessState, ReplicaState, TargetPhase, VolumeState,
+    AttachmentState, DeviceGrowth, Map, OperationKind, OperationState, ProcessKind, ProcessState, ReplicaState, StorePlacement,
+    TargetPhase, VolumeState,
 };
 
 macro_rules! as_words {
@@ -23,6 +24,7 @@ macro_rules! as_words {
 as_words! {
     process_state: ProcessState, "PROCESS_STATE_";
     process_kind: ProcessKind, "PROCESS_KIND_";
+    store_placement: StorePlacement, "STORE_PLACEMENT_";
     volume_state: VolumeState, "VOLUME_STATE_";
     replica_state: ReplicaState, "REPLICA_STATE_";
     attachment_state: AttachmentState, "ATTACHMENT_STATE_";

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use carrick_backing_store::VolumeId;
+use carrick_backing_store::{StoreId, VolumeId};
 use carrick_replicator::control::{RecordsAnswer, RecordsRequest, VolumeConfig, call};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -123,10 +123,16 @@ impl Node {
 
     /// What a target says that has lost a replica.
     pub fn leave_out(&self, volume: &Value, lost: &str) {
+        self.change_members(volume, |members| members.retain(|store| store.to_string() != lost));
+    }
+
+    /// What a target says when other replicas count.
+    pub fn change_members(&self, volume: &Value, change: impl FnOnce(&mut Vec<StoreId>)) {
         let id: VolumeId = volume["id"].as_str().unwrap().parse().unwrap();
         let ask = |request: &RecordsRequest| call::<_, RecordsAnswer>(&self.run("records.sock"), request, PATIENCE).unwrap();
         let RecordsAnswer::Config(config) = ask(&RecordsRequest::Read { volume: id }) else { panic!("no config") };
-        let members = config.members.iter().copied().filter(|store| store.to_string() != lost).collect();
+        let mut members = config.members.clone();
+        change(&mut members);
         let next = VolumeConfig { version: config.version.next(), members, ..config };
         assert_eq!(ask(&RecordsRequest::Swap { volume: id, next: next.clone() }), RecordsAnswer::Config(next));
     }

@@ -71,8 +71,6 @@ pub fn again_and_again(plan: &Plan) -> Found {
     let mut site = Site::with_stores(STORES)?;
     site.carrick(&["volume", "create", VOLUME, "--size", "64M"])?;
     let device = site.attach(VOLUME, &[])?;
-    let there = replicas(&site)?;
-    site.refused(&["volume", "replace", VOLUME, there[0]["store"].as_str().context("no store")?], 5, "REPLICA_COUNTS")?;
     let disk = Disk::open(&device)?;
     let history = History::start(&device, PARTS * PART_BLOCKS * 4096, CHANGING, 1, 512, 7)?;
     let mut longest = Duration::ZERO;

@@ -63,6 +63,9 @@ pub enum Command {
     /// Volumes
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// This node: what may come to it
+    #[command(subcommand)]
+    Node(NodeCommand),
     /// Work on volumes that takes time: what is under way, and what became of it
     #[command(subcommand)]
     Operation(OperationCommand),
@@ -111,11 +114,53 @@ pub enum StoreCommand {
         /// Its id, the beginning of that, or its path
         store: String,
     },
+    /// Let new replicas come to a store
+    Enable {
+        /// Its id, the beginning of that, or its path
+        store: String,
+    },
+    /// Let no new replicas come to a store; those that are there stay
+    Disable {
+        /// Its id, the beginning of that, or its path
+        store: String,
+    },
+    /// Let no new replicas come to a store, and move those that are there to other stores, while their volumes are used
+    Evict {
+        /// Its id, the beginning of that, or its path
+        store: String,
+        /// Return when none is left, and show how it goes on
+        #[arg(long)]
+        wait: bool,
+    },
     /// Stop using a store that has no replicas; its files stay
     Remove {
         /// Its id, the beginning of that, or its path
         store: String,
     },
+}
+
+/// What can be done with the node.
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// Show what may come to it, and what is there
+    Show,
+    /// Let volumes be attached and replicas be made again
+    Enable(Kinds),
+    /// Let no more volumes be attached, and no more replicas be made; what is there stays
+    Disable(Kinds),
+    /// Let nothing come any more, and detach the volumes that nobody uses
+    Drain,
+}
+
+/// What may come to a node. If neither is given, both are meant.
+#[derive(Debug, Args)]
+pub struct Kinds {
+    /// Volumes that are attached
+    #[arg(long)]
+    pub targets: bool,
+    /// Replicas in its stores
+    #[arg(long)]
+    pub replicas: bool,
 }
 
 /// What can be done with operations.
@@ -205,15 +250,19 @@ pub enum VolumeCommand {
         #[arg(long)]
         wait: bool,
     },
-    /// Put a replica in another store in place of one that no longer counts; carrickd does so by itself after a while
+    /// Put a replica in another store in place of one there is, while the volume is used; carrickd does so by itself after a while with one
+    /// that is lost
     Replace {
         /// The volume's name
         name: String,
-        /// The store that is lost: its id, the beginning of that, or its path
+        /// The store that has one now: its id, the beginning of that, or its path
         store: String,
         /// The store that gets the new replica [default: of the others, that with the most free space]
         #[arg(long, value_name = "STORE")]
         with: Option<String>,
+        /// Return when the new one counts in place of the old one, and show how it goes on
+        #[arg(long)]
+        wait: bool,
     },
     /// Give a volume one more replica
     AddReplica {

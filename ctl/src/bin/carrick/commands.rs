@@ -8,7 +8,9 @@ use carrick_ctl::fault::{Fault, Reason};
 use carrick_ctl::v1;
 use serde::Serialize;
 
-use crate::arguments::{Arguments, Attach, Command, Detach, MapWhen, OperationCommand, Shutdown, StoreCommand, VolumeCommand};
+use crate::arguments::{
+    Arguments, Attach, Command, Detach, Kinds, MapWhen, NodeCommand, OperationCommand, Shutdown, StoreCommand, VolumeCommand,
+};
 use crate::bench;
 use crate::client::{Client, change, question};
 use crate::doctor;
@@ -21,6 +23,8 @@ use crate::words;
 const GONE_LIMIT: Duration = Duration::from_secs(10);
 /// Between two questions how far a comparison is: nobody waits long for the end of one that takes minutes.
 const VERIFIED_POLL: Duration = Duration::from_millis(200);
+/// Between two looks at a store that is being emptied, which takes as long as its volumes are large.
+const EMPTY_POLL: Duration = Duration::from_millis(500);
 
 /// Where results go.
 struct Output {
@@ -63,6 +67,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Problem> {
     let output = Output { json: arguments.json };
     match arguments.command {
         Command::Store(command) => store(&client.await?, &output, command).await,
+        Command::Node(command) => node(&client.await?, &output, command).await,
         Command::Volume(command) => volume(&client.await?, &output, command).await,
         Command::Operation(command) => operation(&client.await?, &output, command).await,
         Command::Attach(arguments) => attach(&client.await?, &output, arguments).await,
@@ -119,11 +124,68 @@ async fn store(client: &Client, output: &Output, command: StoreCommand) -> Resul
             let answer = stores.get_store(question(v1::GetStoreRequest { store })).await?.into_inner();
             output.show(&answer.store.unwrap_or_default(), words::store)
         }
+        StoreCommand::Enable { store } => output.show(&place(client, store, v1::StorePlacement::Enabled).await?, words::store),
+        StoreCommand::Disable { store } => output.show(&place(client, store, v1::StorePlacement::Disabled).await?, words::store),
+        StoreCommand::Evict { store, wait } => {
+            let found = place(client, store, v1::StorePlacement::Evicting).await?;
+            let found = if wait { wait_until_empty(client, output, found.id).await? } else { found };
+            output.show(&found, words::store)
+        }
         StoreCommand::Remove { store } => {
             let answer = stores.remove_store(change(v1::RemoveStoreRequest { store })).await?.into_inner();
             output.show(&answer, |_| String::new())
         }
     }
+}
+
+/// Says whether replicas come to a store.
+async fn place(client: &Client, store: String, placement: v1::StorePlacement) -> Result<v1::Store, Problem> {
+    let request = v1::SetStoreRequest { store, placement: Some(placement.into()) };
+    Ok(client.stores().set_store(change(request)).await?.into_inner().store.unwrap_or_default())
+}
+
+/// Returns when no replica is left in a store that is being emptied.
+async fn wait_until_empty(client: &Client, output: &Output, store: String) -> Result<v1::Store, Problem> {
+    let mut shown = String::new();
+    loop {
+        let answer = client.stores().get_store(question(v1::GetStoreRequest { store: store.clone() })).await?.into_inner();
+        let store = answer.store.unwrap_or_default();
+        if store.placement() != v1::StorePlacement::Evicting {
+            let message = format!("store {} is no longer to be emptied: somebody else has said so", store.path);
+            return Err(Fault::new(Reason::StoreInUse, &store.id, message).into());
+        }
+        if store.volumes.is_empty() && store.leaving_volumes.is_empty() {
+            return Ok(store);
+        }
+        let operations = client.operations().list_operations(question(v1::ListOperationsRequest { volume: None })).await?.into_inner();
+        let progress = words::eviction(&store, &operations.operations);
+        if progress != shown && !output.json {
+            output.write(progress.clone())?;
+        }
+        shown = progress;
+        tokio::time::sleep(EMPTY_POLL).await;
+    }
+}
+
+async fn node(client: &Client, output: &Output, command: NodeCommand) -> Result<(), Problem> {
+    let mut node = client.node();
+    let takes = |Kinds { targets, replicas }: Kinds, takes: bool| v1::SetNodeRequest {
+        takes_targets: (targets || !replicas).then_some(takes),
+        takes_replicas: (replicas || !targets).then_some(takes),
+    };
+    let found = match command {
+        NodeCommand::Show => node.get_node(question(v1::GetNodeRequest {})).await?.into_inner().node,
+        NodeCommand::Enable(kinds) => node.set_node(change(takes(kinds, true))).await?.into_inner().node,
+        NodeCommand::Disable(kinds) => node.set_node(change(takes(kinds, false))).await?.into_inner().node,
+        NodeCommand::Drain => {
+            let answer = node.drain_node(change(v1::DrainNodeRequest {})).await?.into_inner();
+            output.show(&answer, words::drained)?;
+            let Some(first) = answer.in_use.first() else { return Ok(()) };
+            let message = format!("{} volumes are still attached; {}: {}", answer.in_use.len(), first.volume, first.reason);
+            return Err(Fault::new(Reason::DeviceBusy, &first.volume, message).into());
+        }
+    };
+    output.show(&found.unwrap_or_default(), words::node)
 }
 
 async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Result<(), Problem> {
@@ -147,12 +209,7 @@ async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Res
             let answer = volumes.expand_volume(change(request)).await?.into_inner();
             match &answer.operation {
                 Some(operation) if wait => {
-                    let id = Some(operation.id.clone());
-                    let progress = |operation: &v1::Operation| {
-                        if output.json { Ok(()) } else { output.show(operation, words::operation_line) }
-                    };
-                    let ended = watch_operation(client, id, progress).await?.unwrap_or_default();
-                    outcome(&ended)?;
+                    let ended = wait_until_done(client, output, operation).await?;
                     if output.json {
                         output.show(&v1::ExpandVolumeResponse { operation: Some(ended), ..answer }, words::expansion)
                     } else {
@@ -171,9 +228,16 @@ async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Res
             let volume = if wait { wait_until_verified(client, name).await? } else { answer.volume.unwrap_or_default() };
             output.show(&volume, words::volume)
         }
-        VolumeCommand::Replace { name, store, with } => {
-            let answer = volumes.replace_replica(change(v1::ReplaceReplicaRequest { name, store, with })).await?.into_inner();
-            output.show(&answer.volume.unwrap_or_default(), words::volume)
+        VolumeCommand::Replace { name, store, with, wait } => {
+            let answer = volumes.replace_replica(change(v1::ReplaceReplicaRequest { name: name.clone(), store, with })).await?.into_inner();
+            let volume = match &answer.operation {
+                Some(operation) if wait => {
+                    wait_until_done(client, output, operation).await?;
+                    volumes.get_volume(question(v1::GetVolumeRequest { name })).await?.into_inner().volume
+                }
+                _ => answer.volume,
+            };
+            output.show(&volume.unwrap_or_default(), words::volume)
         }
         VolumeCommand::AddReplica { name, with } => {
             let answer = volumes.add_replica(change(v1::AddReplicaRequest { name, with })).await?.into_inner();
@@ -223,6 +287,13 @@ async fn tell_events(client: Client, output: &Output, socket: &Path, arguments: 
         return events::follow(socket, client, request, tell, || output.remark("carrickd is away; this goes on when it is back")).await;
     }
     output.show(&events::read(&client, request).await?, |events| words::events(events))
+}
+
+/// Shows an operation until it has ended; fails if it has not succeeded.
+async fn wait_until_done(client: &Client, output: &Output, operation: &v1::Operation) -> Result<v1::Operation, Problem> {
+    let progress = |operation: &v1::Operation| if output.json { Ok(()) } else { output.show(operation, words::operation_line) };
+    let ended = watch_operation(client, Some(operation.id.clone()), progress).await?.unwrap_or_default();
+    outcome(&ended).map(|()| ended)
 }
 
 /// Tells each change; returns what came last.

@@ -1,6 +1,7 @@
 //! What the daemon answers, for people.
 
 mod events;
+mod node;
 mod operations;
 
 use std::fmt::Write;
@@ -8,13 +9,14 @@ use std::time::SystemTime;
 
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1::{
-    Attachment, AttachmentState, GetStatusResponse, Process, ProcessKind, ProcessState, Replica, ReplicaState, Scrub, Store, StoreUsage,
-    TargetPhase, Verification, Volume, VolumeState,
+    Attachment, AttachmentState, GetStatusResponse, Process, ProcessKind, ProcessState, Replica, ReplicaState, Scrub, Store,
+    StorePlacement, StoreUsage, TargetPhase, Verification, Volume, VolumeState,
 };
 
 use crate::table::Table;
 
 pub use events::{event_line, events};
+pub use node::{drained, eviction, node};
 pub use operations::{expansion, explanation, operation, operation_line, operations};
 
 /// What a cell without content shows.
@@ -48,7 +50,21 @@ const fn available(usage: &StoreUsage) -> u64 {
 }
 
 fn store_state(store: &Store) -> &'static str {
-    if store.poisoned.is_some() { "poisoned" } else { process_state(store.process()) }
+    match store.placement() {
+        _ if store.poisoned.is_some() => "poisoned",
+        StorePlacement::Disabled if store.process() == ProcessState::Running => "disabled",
+        StorePlacement::Evicting if store.process() == ProcessState::Running => "evicting",
+        _ => process_state(store.process()),
+    }
+}
+
+/// Whether replicas come to a store, and those that are there stay.
+fn placement(store: &Store) -> &'static str {
+    match store.placement() {
+        StorePlacement::Disabled => "no new ones; those that are there stay",
+        StorePlacement::Evicting => "no new ones; those that are there go to other stores",
+        StorePlacement::Enabled | StorePlacement::Unspecified => "new ones may come",
+    }
 }
 
 /// One store.
@@ -61,6 +77,7 @@ pub fn store(store: &Store) -> String {
     line("id", &store.id);
     line("path", &store.path);
     line("state", store_state(store));
+    line("replicas", placement(store));
     if let Some(listen) = &store.listen {
         line("listens on", listen);
     }
@@ -146,7 +163,7 @@ pub fn volume(volume: &Volume) -> String {
         let (rate, burst) = (HumanSize(volume.bandwidth), HumanSize(at_once(volume.bandwidth_burst, volume.bandwidth)));
         line("bandwidth", &format!("{rate} a second at most, {burst} more at once after a pause"));
     }
-    if let Some(operation) = &volume.operation {
+    for operation in volume.operation.iter().chain(&volume.more_operations) {
         line("operation", operation_line(operation).trim_end());
     }
     if let Some(attachment) = &volume.attachment {
@@ -446,6 +463,7 @@ mod tests {
             attachment: Some(attachment),
             leaving_stores: vec!["/srv/old".into()],
             operation: None,
+            more_operations: Vec::new(),
             salvages: vec![Salvage { at_unix: 1_700_000_000, from_store: "/srv/a".into(), given_up_stores: vec!["/srv/b".into()] }],
         };
         assert_eq!(

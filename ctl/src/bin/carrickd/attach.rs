@@ -23,8 +23,8 @@ use crate::control::{self, CallError};
 use crate::launch;
 use crate::metadata::{AttachmentPhase, AttachmentRecord, Mutation, VolumeRecord};
 use crate::observed::{Event, Exit, Process, ProcessId};
-use crate::survey;
 use crate::volumes::{not_found, parse_name, ready};
+use crate::{placement, survey};
 
 /// Requests in flight if nobody says how many: what virtio disks have.
 pub const QUEUE_DEPTH_DEFAULT: u32 = 128;
@@ -98,6 +98,7 @@ pub async fn attach(context: &Context, name: &str, options: Options) -> Result<P
         }
         None => {
             let volume = ready(&state, &name)?;
+            placement::check_targets(&state)?;
             let Options { host, queue_depth, map } = options;
             let since_unix = unix_now();
             let phase = AttachmentPhase::Attaching;

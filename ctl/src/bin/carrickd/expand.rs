@@ -18,6 +18,7 @@ use crate::context::{Context, unix_now};
 use crate::control::{self, CallError};
 use crate::metadata::{ExpandStep, KEY_MAX, Mutation, OperationRecord, Outcome, State, Task, VolumeRecord};
 use crate::observed::Event;
+use crate::operations::Step;
 use crate::survey::{self, Answer};
 use crate::volumes::{parse_name, ready, replica_fault};
 
@@ -89,8 +90,7 @@ pub async fn expand(context: &Context, request: Request) -> Result<Answered, Fau
     if to == volume.size || request.dry_run {
         return Ok(answered);
     }
-    let running = state.running(volume.id);
-    let record = match running {
+    let record = match state.expansion(volume.id) {
         Some(running) => running.folded(to, unix_now()),
         None => Some(OperationRecord::expand(volume.id, name.clone(), sizes, request.key, unix_now())),
     };
@@ -99,17 +99,20 @@ pub async fn expand(context: &Context, request: Request) -> Result<Answered, Fau
         context.node.send(Event::Anew(volume.id)).await;
         tracing::info!(volume = %name, from = %volume.size.bytes(), to = %to.bytes(), "is to become larger");
     }
-    answered.operation = context.state().running(volume.id).cloned();
+    answered.operation = context.state().expansion(volume.id).cloned();
     Ok(answered)
 }
 
 fn same_request(operation: &OperationRecord, volume: &VolumeRecord, to: VolumeSize, device: DeviceGrowth) -> Result<Answered, Fault> {
-    let Task::Expand { from, to: known, .. } = operation.task;
-    if operation.volume != volume.id || known < to {
-        let message = format!("another request had this key: to expand volume {} to {} bytes", operation.name, known.bytes());
-        return Err(Fault::invalid("idempotency_key", message));
+    match operation.task {
+        Task::Expand { from, to: known, .. } if operation.volume == volume.id && known >= to => {
+            Ok(Answered { operation: Some(operation.clone()), sizes: [from, known], device, away: Vec::new() })
+        }
+        _ => {
+            let message = format!("another request had this key: it began operation {} on volume {}", operation.id, operation.name);
+            Err(Fault::invalid("idempotency_key", message))
+        }
     }
-    Ok(Answered { operation: Some(operation.clone()), sizes: [from, known], device, away: Vec::new() })
 }
 
 async fn device_growth(context: &Context, state: &State, volume: &VolumeRecord) -> DeviceGrowth {
@@ -182,36 +185,15 @@ fn check_majority(state: &State, volume: &VolumeRecord, found: &Found) -> Result
     Err(Fault::new(Reason::StoreUnreachable, &volume.name, message))
 }
 
-/// Does as many steps as can be done now. `false`: it waits.
-pub async fn go_on(context: &Arc<Context>, volume: VolumeRecord) -> Result<bool, Fault> {
-    let mut volume = volume;
-    while let Some(operation) = context.state().running(volume.id).cloned() {
-        let Task::Expand { to, step, .. } = operation.task;
-        let outcome = match step {
-            ExpandStep::Replicas => grow_replicas(context, &volume, to).await,
-            ExpandStep::Record => write_record(context, &mut volume, to).await,
-            ExpandStep::Device => grow_device(context, &volume).await,
-        };
-        context.crash_at(step_name(step));
-        let waits = matches!(outcome, Outcome::Waits(_));
-        let next = operation.after(outcome, unix_now());
-        if !next.is_running() {
-            tracing::info!(volume = %volume.name, operation = %next.id, state = ?next.state, "has ended");
-        }
-        context.apply(Mutation::PutOperation(next.into())).await?;
-        if waits {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// The word for a step, as callers see it.
-pub const fn step_name(step: ExpandStep) -> &'static str {
+/// Does a step, or finds it done.
+pub async fn step(context: &Arc<Context>, volume: &VolumeRecord, to: VolumeSize, step: ExpandStep) -> Step {
     match step {
-        ExpandStep::Replicas => "replicas",
-        ExpandStep::Record => "record",
-        ExpandStep::Device => "device",
+        ExpandStep::Replicas => grow_replicas(context, volume, to).await.into(),
+        ExpandStep::Record => {
+            let larger = (volume.size < to).then(|| VolumeRecord { size: to, ..volume.clone() });
+            Step { outcome: Outcome::Done(Vec::new()), volume: larger }
+        }
+        ExpandStep::Device => grow_device(context, volume).await.into(),
     }
 }
 
@@ -236,20 +218,6 @@ async fn grow_replicas(context: &Context, volume: &VolumeRecord, to: VolumeSize)
 
 async fn grow_replica(context: &Context, spec: ReplicaSpec, store: StoreId) -> Result<(), CallError> {
     control::replica(&context.run.replica_control(store), &ReplicaRequest::Expand { spec }, control::CHANGE_LIMIT).await
-}
-
-async fn write_record(context: &Context, volume: &mut VolumeRecord, to: VolumeSize) -> Outcome {
-    if volume.size >= to {
-        return Outcome::Done(Vec::new());
-    }
-    let new = VolumeRecord { size: to, ..volume.clone() };
-    match context.apply(Mutation::ReplaceVolume { expected: volume.clone().into(), new: new.clone().into() }).await {
-        Ok(_) => {
-            *volume = new;
-            Outcome::Done(Vec::new())
-        }
-        Err(fault) => Outcome::Waits(fault),
-    }
 }
 
 async fn grow_device(context: &Arc<Context>, volume: &VolumeRecord) -> Outcome {

@@ -3,10 +3,12 @@
 
 use std::time::Duration;
 
+use carrick_backing_store::StoreId;
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1;
 
-use crate::metadata::{EventKind, EventLog, SubjectId, Trouble, VolumeRecord};
+use crate::metadata::{EventKind, EventLog, Placement, SubjectId, Trouble, VolumeRecord};
+use crate::operations;
 use crate::view::View;
 
 /// Explains one volume. Nothing found: it is as it should be.
@@ -31,7 +33,8 @@ pub fn explain(view: &View<'_>, record: &VolumeRecord, replace_after: Option<Dur
         }
         v1::VolumeState::Ready | v1::VolumeState::Unspecified => {
             findings.extend(of_attachment(&volume));
-            findings.extend(of_operation(&volume));
+            findings.extend(volume.operation.iter().chain(&volume.more_operations).map(of_operation));
+            findings.extend(of_eviction(view, record));
             findings.extend(record.replicas.iter().zip(&volume.replicas).filter_map(|(store, replica)| {
                 let since = record.left_out.get(store).copied();
                 of_replica(replica, since, replace_after, record.joining.contains(store))
@@ -137,24 +140,38 @@ fn of_attachment(volume: &v1::Volume) -> Vec<v1::Finding> {
     findings
 }
 
-fn of_operation(volume: &v1::Volume) -> Option<v1::Finding> {
-    let operation = volume.operation.as_ref()?;
-    let to = HumanSize(operation.to_bytes);
+fn of_operation(operation: &v1::Operation) -> v1::Finding {
+    let goal = operations::goal(operation);
     let Some(why) = &operation.message else {
-        return Some(finding(
+        return finding(
             "OPERATION_RUNS",
-            format!("operation {}: it becomes larger, {to} (step {})", operation.id, operation.step),
+            format!("operation {}: {goal} (step {})", operation.id, operation.step),
             "it goes on by itself, also after a restart of anything",
             &format!("carrick operation watch {}", operation.id),
-        ));
+        );
     };
     let waits = finding(
         operation.reason.as_deref().unwrap_or("OPERATION_WAITS"),
-        format!("operation {}: that it becomes larger ({to}) waits at step {}: {why}", operation.id, operation.step),
+        format!("operation {}: that {goal} waits at step {}: {why}", operation.id, operation.step),
         "the step is tried again, after pauses of at most a minute",
-        &format!("see to what it waits for, or, until the volume has grown: carrick operation cancel {}", operation.id),
+        &format!("see to what it waits for, or, while it can be taken back: carrick operation cancel {}", operation.id),
     );
-    Some(v1::Finding { since_unix: operation.waiting_since_unix, ..waits })
+    v1::Finding { since_unix: operation.waiting_since_unix, ..waits }
+}
+
+/// A replica that is to leave its store, and has no other yet.
+fn of_eviction(view: &View<'_>, record: &VolumeRecord) -> Vec<v1::Finding> {
+    let is_evicted = |store: &&StoreId| view.state.stores.get(store).is_some_and(|known| known.placement == Placement::Evicting);
+    let stays = record.replicas.iter().filter(is_evicted).filter(|store| !record.retiring.contains(store));
+    let told = |store: &StoreId| {
+        finding(
+            "STORE_EVICTING",
+            format!("the replica in {} is to go to another store, and has none yet", view.state.place(*store)),
+            "it is moved, one replica of a volume at a time, as soon as another store answers, takes new replicas and has room",
+            "carrick store add; or let replicas come to others: carrick store enable, carrick node enable",
+        )
+    };
+    stays.map(told).collect()
 }
 
 fn of_replica(replica: &v1::Replica, since: Option<u64>, replace_after: Option<Duration>, joins: bool) -> Option<v1::Finding> {
@@ -199,8 +216,7 @@ mod tests {
         for state in [v1::ReplicaState::Idle, v1::ReplicaState::InSync] {
             assert_eq!(of_replica(&replica(state), None, None, false), None);
         }
-        let volume = v1::Volume::default();
-        assert_eq!((of_attachment(&volume), of_operation(&volume)), (Vec::new(), None));
+        assert_eq!(of_attachment(&v1::Volume::default()), Vec::new());
     }
 
     #[test]
@@ -247,7 +263,7 @@ mod tests {
             waiting_since_unix: Some(9),
             ..v1::Operation::default()
         };
-        let found = of_operation(&v1::Volume { operation: Some(operation), ..v1::Volume::default() }).unwrap();
+        let found = of_operation(&operation);
         assert_eq!((found.reason.as_str(), found.since_unix), ("TARGET_UNREACHABLE", Some(9)));
         assert!(found.message.contains("2 GiB") && found.advice.contains("carrick operation cancel 3"), "{found:?}");
     }

@@ -237,7 +237,7 @@ fn target_config(context: &Context, state: &State, id: ProcessId) -> Option<Targ
         queue_depth: attachment.queue_depth,
         host: attachment.host,
         replicas: volume.replicas.iter().map(replica).collect(),
-        retiring: Vec::new(),
+        retiring: volume.retiring.clone(),
         rebuild_rate: pace::rate(state, context.rebuild_rate, volume),
         records: Some(context.run.records_socket()),
         attachment: attachment.number,

@@ -8,21 +8,22 @@
 use std::time::Duration;
 
 use carrick_backing_store::{ReplicaSpec, StoreId, VolumeId};
-use carrick_ctl::fault::{Fault, Reason};
+use carrick_ctl::fault::Fault;
 use carrick_replicator::control::MemberState;
 
 use crate::context::Context;
 use crate::control;
-use crate::metadata::{Mutation, VolumeRecord};
+use crate::metadata::{Mutation, OperationRecord, VolumeRecord};
 use crate::observed::{Event, ProcessId};
 use crate::volumes::{REPLICAS_MAX, delete_replica, make_replica, parse_name, ready};
-use crate::{stores, survey};
+use crate::{relocate, stores, survey};
 
 /// For a store to delete a replica. It writes down that it does, and goes on by itself.
 const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 
-/// Replaces the replica in one store by one in another: the given one, or that with the most free space.
-pub async fn replace(context: &Context, name: &str, old: &str, with: Option<&str>) -> Result<VolumeId, Fault> {
+/// Replaces the replica in one store by one in another: the given one, or that with the most free space. One that counts is moved, by an
+/// operation.
+pub async fn replace(context: &Context, name: &str, old: &str, with: Option<&str>) -> Result<(VolumeId, Option<OperationRecord>), Fault> {
     let name = parse_name(name)?;
     let _guard = context.locks.lock(&name).await;
     let state = context.state();
@@ -33,17 +34,13 @@ pub async fn replace(context: &Context, name: &str, old: &str, with: Option<&str
         return Err(Fault::invalid("store", message));
     }
     if volume.config().members.contains(&old.id) {
-        let message = format!(
-            "the replica of volume {name} in store {} counts: it can be replaced when it is lost for some seconds while the volume is attached",
-            old.path.display()
-        );
-        return Err(Fault::new(Reason::ReplicaCounts, &name, message));
+        return relocate::begin(context, volume, old.id, with).await.map(|operation| (volume.id, Some(operation)));
     }
     let new = stores::choose_another(context, volume, with).await?;
     let record = begin(context, volume, [old.id, new], "that was asked for").await?;
     // The old one is deleted when its store answers: that is not for the caller to wait for.
     join(context, record).await?;
-    Ok(volume.id)
+    Ok((volume.id, None))
 }
 
 /// Gives a volume one more replica: in the given store, or that with the most free space.
@@ -87,12 +84,14 @@ pub async fn replace_lost(context: &Context, volume: VolumeRecord, store: StoreI
     Ok(true)
 }
 
-async fn begin(context: &Context, volume: &VolumeRecord, [old, new]: [StoreId; 2], why: &str) -> Result<VolumeRecord, Fault> {
+/// Has a replica that doesn't count replaced by one in the other store.
+pub async fn begin(context: &Context, volume: &VolumeRecord, [old, new]: [StoreId; 2], why: &str) -> Result<VolumeRecord, Fault> {
     tracing::info!(volume = %volume.name, %old, %new, "a replica is replaced");
     let mut record = volume.clone();
     record.replicas.iter_mut().filter(|store| **store == old).for_each(|store| *store = new);
     record.config_version += 1;
     record.joining.retain(|store| *store != old);
+    record.retiring.retain(|store| *store != old);
     record.joining.push(new);
     record.leaving.push(old);
     let mutation = Mutation::ReplaceVolume { expected: volume.clone().into(), new: record.clone().into() };

@@ -187,7 +187,7 @@ fn perform(context: &Arc<Context>, observed: &mut Observed, action: Action) {
             let context = Arc::clone(context);
             tokio::spawn(async move {
                 let finished = volumes::resume(&context, volume, work).await;
-                if !finished && !matches!(work, Work::Delete | Work::Move | Work::Operation | Work::Replace(_)) {
+                if !finished && !matches!(work, Work::Delete | Work::Move | Work::Operation | Work::Evict(_) | Work::Replace(_)) {
                     tracing::warn!(%volume, ?work, "unfinished work failed again");
                 }
                 context.node.send(Event::Worked { volume, finished }).await;

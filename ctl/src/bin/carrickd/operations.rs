@@ -1,8 +1,10 @@
-//! Showing, watching and cancelling operations. What each does is in a module of its own; how steps follow each other is in
-//! `metadata/operations.rs`.
+//! Going on with operations, showing, watching and cancelling them. What each does is in a module of its own; how steps follow each
+//! other is in `metadata/operations.rs`.
 
 use std::sync::Arc;
 
+use carrick_backing_store::VolumeId;
+use carrick_backing_store::size::HumanSize;
 use carrick_ctl::fault::{Fault, Reason};
 use carrick_ctl::v1;
 use tokio::sync::mpsc;
@@ -10,8 +12,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use crate::context::{Context, unix_now};
-use crate::expand::step_name;
-use crate::metadata::{Mutation, OperationId, OperationRecord, OperationState, State, Task};
+use crate::metadata::{Mutation, OperationId, OperationRecord, OperationState, Outcome, State, Task, VolumeRecord};
+use crate::{expand, relocate};
 
 /// Changes that a watcher has not read before its stream waits for it.
 const WATCH_QUEUE: usize = 16;
@@ -34,7 +36,7 @@ pub fn list(state: &State, volume: Option<&str>) -> Vec<v1::Operation> {
     let wanted = |operation: &&OperationRecord| volume.is_none_or(|name| operation.name.as_str() == name);
     let mut found: Vec<_> = state.operations.values().filter(wanted).collect();
     found.reverse();
-    found.into_iter().map(message).collect()
+    found.into_iter().map(|operation| message(state, operation)).collect()
 }
 
 /// Ends an operation, if that harms nobody.
@@ -47,10 +49,66 @@ pub async fn cancel(context: &Context, text: &str) -> Result<v1::Operation, Faul
     let Some(volume) = state.volumes.get(&operation.volume) else {
         return Err(Fault::new(Reason::OperationEnded, operation.id, format!("volume {name} is gone")));
     };
-    let cancelled = operation.cancelled(volume.size, unix_now())?;
-    context.apply(Mutation::PutOperation(cancelled.clone().into())).await?;
+    let cancelled = operation.cancelled(volume, unix_now())?;
+    write(context, volume, operation.undone(volume), cancelled.clone()).await?;
     tracing::info!(volume = %name, operation = %cancelled.id, "cancelled");
-    Ok(message(&cancelled))
+    Ok(message(&context.state(), &cancelled))
+}
+
+/// What came of a step, and what its volume is to be along with that.
+pub struct Step {
+    /// What came of it.
+    pub outcome: Outcome,
+    /// The volume, if it changes.
+    pub volume: Option<VolumeRecord>,
+}
+
+impl From<Outcome> for Step {
+    fn from(outcome: Outcome) -> Self {
+        Self { outcome, volume: None }
+    }
+}
+
+/// Does as many steps of all operations on a volume as can be done now. `false`: one waits.
+pub async fn go_on(context: &Arc<Context>, volume: VolumeId) -> Result<bool, Fault> {
+    let running: Vec<_> = context.state().running(volume).map(|operation| operation.id).collect();
+    let mut finished = true;
+    for id in running {
+        finished &= go_on_with(context, id).await?;
+    }
+    Ok(finished)
+}
+
+async fn go_on_with(context: &Arc<Context>, id: OperationId) -> Result<bool, Fault> {
+    loop {
+        let state = context.state();
+        let Some(operation) = state.operations.get(&id).filter(|operation| operation.is_running()) else { return Ok(true) };
+        let Some(volume) = state.volumes.get(&operation.volume) else { return Ok(true) };
+        let Step { outcome, volume: new } = match operation.task {
+            Task::Expand { to, step, .. } => expand::step(context, volume, to, step).await,
+            Task::Move { from, to, step } => relocate::step(context, volume, [from, to], step).await,
+        };
+        context.crash_at(operation.task.step_name());
+        let waits = matches!(outcome, Outcome::Waits(_));
+        let next = operation.after(outcome, unix_now());
+        let failed = matches!(next.state, OperationState::Failed(_));
+        if !next.is_running() {
+            tracing::info!(volume = %volume.name, operation = %next.id, state = ?next.state, "has ended");
+        }
+        let state = context.state();
+        let volume = state.volumes.get(&operation.volume).unwrap_or(volume);
+        write(context, volume, if failed { operation.undone(volume) } else { new }, next).await?;
+        if waits {
+            return Ok(false);
+        }
+    }
+}
+
+/// Writes down how far an operation is, and what its volume has become with that.
+async fn write(context: &Context, volume: &VolumeRecord, new: Option<VolumeRecord>, operation: OperationRecord) -> Result<(), Fault> {
+    let change = new.map(|new| Mutation::ReplaceVolume { expected: volume.clone().into(), new: new.into() });
+    let all = change.into_iter().chain([Mutation::PutOperation(operation.into())]).collect();
+    context.apply(Mutation::All(all)).await.map(drop)
 }
 
 /// Sends an operation whenever it changes: one until it has ended, or all that run for as long as somebody listens.
@@ -68,7 +126,7 @@ pub fn watch(context: &Arc<Context>, only: Option<OperationId>) -> Watch {
                     continue;
                 }
                 sent.insert(operation.id, operation.clone());
-                let response = v1::WatchOperationsResponse { operation: Some(message(operation)) };
+                let response = v1::WatchOperationsResponse { operation: Some(message(&state, operation)) };
                 if sender.send(Ok(response)).await.is_err() {
                     return;
                 }
@@ -87,23 +145,35 @@ pub fn watch(context: &Arc<Context>, only: Option<OperationId>) -> Watch {
     ReceiverStream::new(receiver)
 }
 
+/// What comes of it, in words.
+pub fn goal(operation: &v1::Operation) -> String {
+    match (operation.kind(), &operation.from_store, &operation.to_store) {
+        (v1::OperationKind::Move, Some(from), Some(to)) => format!("its replica in {from} goes to {to}"),
+        _ => format!("it becomes larger ({})", HumanSize(operation.to_bytes)),
+    }
+}
+
 /// As callers see it.
-pub fn message(operation: &OperationRecord) -> v1::Operation {
-    let Task::Expand { from, to, step } = operation.task;
-    let (state, failure) = match &operation.state {
+pub fn message(state: &State, operation: &OperationRecord) -> v1::Operation {
+    let (status, failure) = match &operation.state {
         OperationState::Running => (v1::OperationState::Running, None),
         OperationState::Succeeded => (v1::OperationState::Succeeded, None),
         OperationState::Failed(why) => (v1::OperationState::Failed, Some(why)),
         OperationState::Cancelled => (v1::OperationState::Cancelled, None),
     };
     let why = failure.or(operation.wait.as_ref().map(|wait| &wait.why));
+    let (kind, sizes, stores) = match operation.task {
+        Task::Expand { from, to, .. } => (v1::OperationKind::Expand, [from, to].map(|size| size.bytes().get()), None),
+        Task::Move { from, to, .. } => (v1::OperationKind::Move, [0, 0], Some([from, to].map(|store| state.place(store)))),
+    };
+    let [from_store, to_store] = stores.map_or([None, None], |stores| stores.map(Some));
     v1::Operation {
         id: operation.id.to_string(),
-        kind: v1::OperationKind::Expand.into(),
+        kind: kind.into(),
         volume_id: operation.volume.to_string(),
         volume: operation.name.to_string(),
-        state: state.into(),
-        step: step_name(step).into(),
+        state: status.into(),
+        step: operation.task.step_name().into(),
         reason: why.map(|why| why.reason.clone()),
         message: why.map(|why| why.message.clone()),
         waiting_since_unix: operation.wait.as_ref().map(|wait| wait.since_unix),
@@ -111,8 +181,10 @@ pub fn message(operation: &OperationRecord) -> v1::Operation {
         created_unix: operation.created_unix,
         updated_unix: operation.updated_unix,
         idempotency_key: operation.key.clone(),
-        from_bytes: from.bytes().get(),
-        to_bytes: to.bytes().get(),
+        from_bytes: sizes[0],
+        to_bytes: sizes[1],
         notes: operation.notes.clone(),
+        from_store,
+        to_store,
     }
 }

@@ -15,6 +15,7 @@
 //! | attaching or detaching, nobody works on it | | go on with it |
 //! | volume with a replica joining or leaving, its store answers | | make or delete that replica |
 //! | an operation runs, nobody works on its volume | | go on with it |
+//! | ready volume with a replica in a store that is being emptied | | begin to move it |
 //! | attached volume, a replica hasn't counted for `replace_after` | | replace it |
 
 use std::collections::BTreeSet;
@@ -22,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use carrick_backing_store::{StoreId, VolumeId};
 
-use crate::metadata::{AttachmentPhase, State, VolumePhase, VolumeRecord};
+use crate::metadata::{AttachmentPhase, Placement, State, VolumePhase, VolumeRecord};
 use crate::observed::{EndRequest, Exit, Observed, Process, ProcessId, ProcessState, WorkState};
 
 /// Work of a volume that nobody does.
@@ -38,8 +39,10 @@ pub enum Work {
     Detach,
     /// Make the replica that replaces another, and delete that.
     Move,
-    /// Go on with the operation that runs on it.
+    /// Go on with the operations that run on it, and with what [`Work::Move`] does.
     Operation,
+    /// The store of this replica is being emptied: move it to another one.
+    Evict(StoreId),
     /// A replica hasn't counted for long: replace it by one in another store.
     Replace(StoreId),
 }
@@ -172,17 +175,25 @@ fn work_on(state: &State, observed: &Observed, volume: &VolumeRecord) -> Option<
                 Some(AttachmentPhase::Attached) | None => None,
             };
             attachment
+                .or_else(|| state.running(volume.id).next().map(|_| Work::Operation))
                 .or_else(|| volume.joining.iter().chain(&volume.leaving).any(answers).then_some(Work::Move))
-                .or_else(|| state.running(volume.id).map(|_| Work::Operation))
+                .or_else(|| eviction(state, volume))
         }
     }
+}
+
+/// Which replica is to go since its store is being emptied.
+fn eviction(state: &State, volume: &VolumeRecord) -> Option<Work> {
+    let is_evicted = |store: &StoreId| state.stores.get(store).is_some_and(|record| record.placement == Placement::Evicting);
+    volume.replicas.iter().find(|store| is_evicted(store)).map(|store| Work::Evict(*store))
 }
 
 /// Which replica is replaced next, and when. Of a volume that isn't attached none is: nobody would copy to the new one.
 fn replacement(state: &State, volume: &VolumeRecord, moment: Moment) -> Option<(Instant, Work)> {
     let after = moment.replace_after?;
     let is_attached = state.attachments.get(&volume.id).is_some_and(|attachment| attachment.phase == AttachmentPhase::Attached);
-    let lost = volume.left_out.iter().filter(|(store, _)| is_attached && !volume.joining.contains(store));
+    let is_known = |store: &StoreId| volume.joining.contains(store) || volume.retiring.contains(store);
+    let lost = volume.left_out.iter().filter(|(store, _)| is_attached && !is_known(store));
     let (store, since) = lost.min_by_key(|(_, since)| **since)?;
     // A clock that was set back counts anew.
     let waited = Duration::from_secs(moment.unix.saturating_sub(*since));
@@ -222,7 +233,14 @@ mod tests {
         }
 
         fn store(mut self) -> Self {
-            let record = StoreRecord { id: STORE, path: "/srv/a".into(), listen: None, insecure: false, added_unix: 0 };
+            let record = StoreRecord {
+                id: STORE,
+                path: "/srv/a".into(),
+                listen: None,
+                insecure: false,
+                added_unix: 0,
+                placement: Placement::Enabled,
+            };
             self.state.stores.insert(STORE, record);
             self
         }
@@ -242,6 +260,7 @@ mod tests {
                 config: None,
                 left_out: BTreeMap::new(),
                 joining: Vec::new(),
+                retiring: Vec::new(),
                 leaving: Vec::new(),
                 salvages: Vec::new(),
             };

@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 
 use crate::context::{Context, unix_now};
 use crate::metadata::{MetadataError, Mutation, Occasion};
-use crate::observed::ProcessId;
+use crate::observed::{Event, ProcessId};
 use crate::survey;
 
 /// Connections at once: each target has one for a moment, now and then.
@@ -67,6 +67,7 @@ async fn answer(context: &Context, request: RecordsRequest) -> RecordsAnswer {
                 Ok(_) => {
                     // Who is left out may be replaced some day, or copied to.
                     context.follow();
+                    context.node.send(Event::Anew(volume)).await;
                     volume
                 }
                 // What it is now tells the target what happened.

@@ -19,7 +19,8 @@ use tonic::{Request, Response, Status};
 
 use crate::context::Context;
 use crate::expand::DeviceGrowth;
-use crate::metadata::State;
+use crate::metadata::{Placement, State};
+use crate::placement::{self, NodeChanges};
 use crate::settings::Changes;
 use crate::stores::NewStore;
 use crate::view::View;
@@ -108,6 +109,22 @@ impl StoreService for Services {
         Ok(Response::new(v1::GetStoreResponse { store: Some(store) }))
     }
 
+    async fn set_store(&self, request: Request<v1::SetStoreRequest>) -> Result<Response<v1::SetStoreResponse>, Status> {
+        let v1::SetStoreRequest { store, placement } = request.into_inner();
+        let placement = placement.map(|placement| match v1::StorePlacement::try_from(placement) {
+            Ok(v1::StorePlacement::Enabled) => Ok(Placement::Enabled),
+            Ok(v1::StorePlacement::Disabled) => Ok(Placement::Disabled),
+            Ok(v1::StorePlacement::Evicting) => Ok(Placement::Evicting),
+            Ok(v1::StorePlacement::Unspecified) | Err(_) => Err(Fault::invalid("placement", format!("{placement} is no placement"))),
+        });
+        if let Some(placement) = placement.transpose()? {
+            let store = store.clone();
+            self.change(move |context| async move { placement::set_store(&context, &store, placement).await }).await?;
+        }
+        let store = self.look(|view| stores::resolve(view.state, &store).map(|record| view.store(record))).await?;
+        Ok(Response::new(v1::SetStoreResponse { store: Some(store) }))
+    }
+
     async fn remove_store(&self, request: Request<v1::RemoveStoreRequest>) -> Result<Response<v1::RemoveStoreResponse>, Status> {
         let v1::RemoveStoreRequest { store } = request.into_inner();
         self.change(move |context| async move { stores::remove(&context, &store).await }).await?;
@@ -163,7 +180,7 @@ impl VolumeService for Services {
         };
         let [from, to] = answered.sizes;
         Ok(Response::new(v1::ExpandVolumeResponse {
-            operation: answered.operation.as_ref().map(operations::message),
+            operation: answered.operation.as_ref().map(|operation| operations::message(&self.context.state(), operation)),
             from_bytes: from.bytes().get(),
             to_bytes: to.bytes().get(),
             device: device.into(),
@@ -188,9 +205,12 @@ impl VolumeService for Services {
 
     async fn replace_replica(&self, request: Request<v1::ReplaceReplicaRequest>) -> Result<Response<v1::ReplaceReplicaResponse>, Status> {
         let v1::ReplaceReplicaRequest { name, store, with } = request.into_inner();
-        let id = self.change(move |context| async move { moves::replace(&context, &name, &store, with.as_deref()).await }).await?;
-        let volume = self.look_at_volume(&self.context.state(), id).await?;
-        Ok(Response::new(v1::ReplaceReplicaResponse { volume: Some(volume) }))
+        let (id, operation) =
+            self.change(move |context| async move { moves::replace(&context, &name, &store, with.as_deref()).await }).await?;
+        let state = self.context.state();
+        let volume = self.look_at_volume(&state, id).await?;
+        let operation = operation.map(|operation| operations::message(&state, &operation));
+        Ok(Response::new(v1::ReplaceReplicaResponse { volume: Some(volume), operation }))
     }
 
     async fn add_replica(&self, request: Request<v1::AddReplicaRequest>) -> Result<Response<v1::AddReplicaResponse>, Status> {
@@ -242,7 +262,7 @@ impl OperationService for Services {
     async fn get_operation(&self, request: Request<v1::GetOperationRequest>) -> Result<Response<v1::GetOperationResponse>, Status> {
         let state = self.context.state();
         let operation = operations::resolve(&state, &request.into_inner().operation)?;
-        Ok(Response::new(v1::GetOperationResponse { operation: Some(operations::message(operation)) }))
+        Ok(Response::new(v1::GetOperationResponse { operation: Some(operations::message(&state, operation)) }))
     }
 
     async fn cancel_operation(
@@ -291,6 +311,25 @@ impl NodeService for Services {
             })
             .await;
         Ok(Response::new(response))
+    }
+
+    async fn get_node(&self, _: Request<v1::GetNodeRequest>) -> Result<Response<v1::GetNodeResponse>, Status> {
+        Ok(Response::new(v1::GetNodeResponse { node: Some(self.look(|view| view.node()).await) }))
+    }
+
+    async fn set_node(&self, request: Request<v1::SetNodeRequest>) -> Result<Response<v1::SetNodeResponse>, Status> {
+        let v1::SetNodeRequest { takes_targets: targets, takes_replicas: replicas } = request.into_inner();
+        self.change(move |context| async move { placement::set_node(&context, NodeChanges { targets, replicas }).await }).await?;
+        Ok(Response::new(v1::SetNodeResponse { node: Some(self.look(|view| view.node()).await) }))
+    }
+
+    async fn drain_node(&self, _: Request<v1::DrainNodeRequest>) -> Result<Response<v1::DrainNodeResponse>, Status> {
+        let drained = self.change(|context| async move { placement::drain(&context).await }).await?;
+        Ok(Response::new(v1::DrainNodeResponse {
+            node: Some(self.look(|view| view.node()).await),
+            detached_volumes: drained.detached,
+            in_use: drained.left.into_iter().map(|(volume, reason)| v1::VolumeInUse { volume, reason }).collect(),
+        }))
     }
 
     async fn shutdown(&self, request: Request<v1::ShutdownRequest>) -> Result<Response<v1::ShutdownResponse>, Status> {

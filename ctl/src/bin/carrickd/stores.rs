@@ -14,9 +14,9 @@ use serde::Deserialize;
 use tokio::process::Command;
 
 use crate::context::{Context, unix_now};
-use crate::metadata::{Mutation, State, StoreRecord, VolumeRecord};
+use crate::metadata::{Mutation, Placement, State, StoreRecord, VolumeRecord};
 use crate::observed::ProcessId;
-use crate::survey;
+use crate::{placement, survey};
 
 /// For formatting a store, which writes its journal once, of up to 256 MiB, or looking into one, which replays that.
 const TOOL_LIMIT: Duration = Duration::from_secs(120);
@@ -100,7 +100,7 @@ pub async fn add(context: &Context, path: &str, new: NewStore) -> Result<StoreId
         let message = format!("the store in {} is added already, at {}", path.display(), known.path.display());
         return Err(Fault::new(Reason::StoreExists, known.id, message));
     }
-    let record = StoreRecord { id: identity.store, path, listen, insecure, added_unix: unix_now() };
+    let record = StoreRecord { id: identity.store, path, listen, insecure, added_unix: unix_now(), placement: Placement::Enabled };
     context.apply(Mutation::PutStore(record.clone())).await?;
     if let Err(fault) = wait_until_served(context, &record).await {
         context.apply_saying(Some(fault.message.clone()), Mutation::RemoveStore(record.id)).await?;
@@ -139,10 +139,13 @@ async fn settle(context: &Context) {
 pub async fn choose(context: &Context, given: &[String], count: usize) -> Result<Vec<StoreId>, Fault> {
     settle(context).await;
     let state = context.state();
+    placement::check_replicas(&state)?;
     if !given.is_empty() {
         let mut chosen = Vec::new();
         for text in given {
-            let id = resolve(&state, text)?.id;
+            let record = resolve(&state, text)?;
+            placement::check_store(record)?;
+            let id = record.id;
             if chosen.contains(&id) {
                 return Err(Fault::invalid("stores", format!("store {text} is given twice: each replica needs a store of its own")));
             }
@@ -163,9 +166,10 @@ pub async fn choose(context: &Context, given: &[String], count: usize) -> Result
     Ok(free.into_iter().take(count).map(|(_, id)| id).collect())
 }
 
-/// The stores that answer and take writes, and how much room each has, those with the most first.
+/// The stores that answer and take new replicas, and how much room each has, those with the most first.
 async fn with_most_room(context: &Context, state: &State) -> Vec<(ByteLength, StoreId)> {
-    let answers = survey::replicas(context, state.stores.keys().copied()).await.into_iter();
+    let enabled = state.stores.values().filter(|record| record.placement == Placement::Enabled).map(|record| record.id);
+    let answers = survey::replicas(context, enabled).await.into_iter();
     let usable = answers.filter_map(|(id, status)| Some((id, status.ok().filter(|status| status.poisoned.is_none())?)));
     let mut free: Vec<_> = usable.map(|(id, status)| (status.usage.available(), id)).collect();
     free.sort_unstable_by_key(|(free, id)| (std::cmp::Reverse(*free), *id));
@@ -176,9 +180,12 @@ async fn with_most_room(context: &Context, state: &State) -> Vec<(ByteLength, St
 pub async fn choose_another(context: &Context, volume: &VolumeRecord, given: Option<&str>) -> Result<StoreId, Fault> {
     settle(context).await;
     let state = context.state();
+    placement::check_replicas(&state)?;
     let has_one = |store: &StoreId| volume.replicas.contains(store) || volume.leaving.contains(store);
     if let Some(text) = given {
-        let store = resolve(&state, text)?.id;
+        let record = resolve(&state, text)?;
+        placement::check_store(record)?;
+        let store = record.id;
         if has_one(&store) {
             let message = format!("store {text} has a replica of volume {}, or had one that is still to be deleted", volume.name);
             return Err(Fault::invalid("with", message));
@@ -300,7 +307,7 @@ mod tests {
         for number in [0x11, 0x12] {
             let id = StoreId::from_bytes([0xab, 0xcd, number, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
             let path = format!("/srv/{number}").into();
-            state.stores.insert(id, StoreRecord { id, path, listen: None, insecure: false, added_unix: 0 });
+            state.stores.insert(id, StoreRecord { id, path, listen: None, insecure: false, added_unix: 0, placement: Placement::Enabled });
         }
         for good in ["/srv/17", "abcd11", "ABCD1100", "abcd1100-0000-0000-0000-000000000000"] {
             assert_eq!(resolve(&state, good).unwrap().path, Path::new("/srv/17"), "{good}");

@@ -2,14 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use carrick_backing_store::size::HumanSize;
 use carrick_backing_store::{StoreId, StoreUsage, VolumeId};
 use carrick_ctl::v1;
 use carrick_replicator::control::{
     DamagedReplica, Map, MemberReport, MemberState, ReplicaProcessStatus, ScrubReport, TargetPhase, TargetStatus, VerificationReport,
 };
 
-use crate::metadata::{AttachmentPhase, AttachmentRecord, SalvageRecord, State, StoreRecord, Trouble, VolumePhase, VolumeRecord};
+use crate::metadata::{
+    AttachmentPhase, AttachmentRecord, Placement, SalvageRecord, State, StoreRecord, Trouble, VolumePhase, VolumeRecord,
+};
 use crate::observed::{Answers, Observed, Process, ProcessId, ProcessState};
 use crate::operations;
 use crate::survey::Answer;
@@ -53,6 +54,31 @@ impl View<'_> {
             problem: silent.or_else(|| poisoned.as_deref().map(poison_in_words)).or_else(|| self.damage(status?)),
             poisoned,
             scrub: status.map(|status| scrub(&status.scrub)),
+            placement: match record.placement {
+                Placement::Enabled => v1::StorePlacement::Enabled,
+                Placement::Disabled => v1::StorePlacement::Disabled,
+                Placement::Evicting => v1::StorePlacement::Evicting,
+            }
+            .into(),
+            leaving_volumes: self.state.volumes_leaving(record.id).map(|volume| volume.name.to_string()).collect(),
+        }
+    }
+
+    /// The node in a few numbers.
+    pub fn node(&self) -> v1::Node {
+        let usages = || self.replicas.values().flatten().map(|status| &status.usage);
+        let mut attached_volumes: Vec<_> =
+            self.state.attachments.keys().filter_map(|id| self.state.volumes.get(id)).map(|volume| volume.name.to_string()).collect();
+        attached_volumes.sort();
+        v1::Node {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            takes_targets: !self.state.node.refuses_targets,
+            takes_replicas: !self.state.node.refuses_replicas,
+            stores: u32::try_from(self.state.stores.len()).unwrap_or(u32::MAX),
+            volumes: u32::try_from(self.state.volumes.len()).unwrap_or(u32::MAX),
+            capacity_bytes: usages().map(|usage| usage.capacity.get()).sum(),
+            available_bytes: usages().map(|usage| usage.available().get()).sum(),
+            attached_volumes,
         }
     }
 
@@ -92,6 +118,7 @@ impl View<'_> {
             VolumePhase::Ready => v1::VolumeState::Ready,
             VolumePhase::Deleting => v1::VolumeState::Deleting,
         };
+        let mut operations = self.state.running(record.id).map(|operation| operations::message(self.state, operation));
         v1::Volume {
             id: record.id.to_string(),
             name: record.name.to_string(),
@@ -109,7 +136,8 @@ impl View<'_> {
             leaving_stores: record.leaving.iter().map(|store| self.state.place(*store)).collect(),
             salvages: record.salvages.iter().map(|salvage| self.salvage(salvage)).collect(),
             attachment: attachment.map(|attachment| attachment_message(attachment, target)),
-            operation: self.state.running(record.id).map(operations::message),
+            operation: operations.next(),
+            more_operations: operations.collect(),
         }
     }
 
@@ -171,8 +199,9 @@ impl View<'_> {
                     problems.push(format!("volume {name}: its replicas differ in {unsettled} blocks, and nobody can tell which is right"));
                 }
             }
-            if let Some(v1::Operation { message: Some(why), to_bytes, .. }) = &volume.operation {
-                problems.push(format!("volume {name}: that it becomes larger ({}) waits: {why}", HumanSize(*to_bytes)));
+            for operation in volume.operation.iter().chain(&volume.more_operations) {
+                let waits = |why| format!("volume {name}: that {} waits: {why}", operations::goal(operation));
+                problems.extend(operation.message.as_ref().map(waits));
             }
             if volume.state() == v1::VolumeState::Deleting {
                 let stores: Vec<_> = volume.replicas.iter().map(|replica| replica.store_path.as_str()).collect();

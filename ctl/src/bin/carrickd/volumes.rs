@@ -21,12 +21,13 @@ use carrick_replicator::limits::Limits;
 use crate::attach;
 use crate::context::{Context, unix_now};
 use crate::control::{self, CallError};
-use crate::expand;
 use crate::launch;
 use crate::metadata::{Mutation, State, VolumePhase, VolumeRecord};
 use crate::moves;
 use crate::observed::ProcessId;
+use crate::operations;
 use crate::reconcile::Work;
+use crate::relocate;
 use crate::stores;
 
 /// Replicas of a volume if nobody says how many: it survives the loss of one and goes on.
@@ -129,6 +130,7 @@ pub async fn create(context: &Context, new: NewVolume) -> Result<VolumeId, Fault
                 config: None,
                 left_out: BTreeMap::new(),
                 joining: Vec::new(),
+                retiring: Vec::new(),
                 leaving: Vec::new(),
                 salvages: Vec::new(),
             };
@@ -225,6 +227,7 @@ async fn set_phase(context: &Context, volume: &VolumeRecord, phase: VolumePhase,
     if phase == VolumePhase::Deleting {
         new.replicas.append(&mut new.leaving);
         new.joining.clear();
+        new.retiring.clear();
     }
     let mutation = Mutation::ReplaceVolume { expected: volume.clone().into(), new: new.clone().into() };
     context.apply_saying(remark, mutation).await?;
@@ -243,7 +246,7 @@ pub async fn delete(context: &Context, name: &str) -> Result<Vec<StoreId>, Fault
         let message = format!("volume {name} is attached to {place}: detach it first (carrick detach {name})");
         return Err(Fault::new(Reason::VolumeAttached, &name, message));
     }
-    if let Some(operation) = state.running(volume.id) {
+    for operation in state.running(volume.id) {
         let remark = "the volume is deleted".into();
         context.apply_saying(Some(remark), Mutation::PutOperation(operation.given_up(unix_now()).into())).await?;
     }
@@ -288,7 +291,11 @@ pub async fn resume(context: &Arc<Context>, id: VolumeId, work: Work) -> bool {
         (Work::Delete, VolumePhase::Deleting) => delete_replicas(context, volume).await.map(|left| left.is_empty()),
         (Work::Attach, VolumePhase::Ready) => attach::resume_attach(context, &volume).await.map(|()| true),
         (Work::Move, VolumePhase::Ready) => moves::go_on(context, volume).await,
-        (Work::Operation, VolumePhase::Ready) => expand::go_on(context, volume).await,
+        (Work::Operation, VolumePhase::Ready) => {
+            let moved = moves::go_on(context, volume).await;
+            operations::go_on(context, id).await.and_then(|finished| Ok(moved? && finished))
+        }
+        (Work::Evict(store), VolumePhase::Ready) => relocate::evict(context, &volume, store).await,
         (Work::Replace(store), VolumePhase::Ready) => moves::replace_lost(context, volume, store).await,
         (Work::Detach, VolumePhase::Ready) => attach::resume_detach(context, &volume).await.map(|()| true),
         _ => Ok(true),

@@ -66,7 +66,7 @@ pub const SET: Kind = Kind::change("set", &[], &["VOLUME_NOT_FOUND"]);
 pub const VERIFY: Kind = Kind::change("verify", &["TARGET_UNREACHABLE", "VOLUME_NOT_READY"], &["VOLUME_NOT_FOUND", "VOLUME_NOT_ATTACHED"]);
 pub const REPLACE: Kind = Kind::change(
     "replace",
-    &["TOO_FEW_STORES", "STORE_UNREACHABLE", "VOLUME_NOT_READY", "REPLICA_COUNTS"],
+    &["TOO_FEW_STORES", "STORE_UNREACHABLE", "VOLUME_NOT_READY", "OPERATION_RUNS"],
     // A replica that another client, or carrickd itself, has moved already.
     &["VOLUME_NOT_FOUND", "INVALID_FIELD"],
 );

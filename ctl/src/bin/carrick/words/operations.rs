@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use carrick_backing_store::size::HumanSize;
-use carrick_ctl::v1::{DeviceGrowth, ExpandVolumeResponse, ExplainVolumeResponse, Finding, Operation, OperationState};
+use carrick_ctl::v1::{DeviceGrowth, ExpandVolumeResponse, ExplainVolumeResponse, Finding, Operation, OperationKind, OperationState};
 
 use super::{NONE, ago};
 use crate::table::Table;
@@ -93,7 +93,14 @@ pub fn operation_line(operation: &Operation) -> String {
 }
 
 fn what(operation: &Operation) -> String {
-    format!("{} to {}", operation.kind().as_str_name().rsplit('_').next().unwrap_or(NONE).to_lowercase(), HumanSize(operation.to_bytes))
+    match operation.kind() {
+        OperationKind::Expand => format!("expand to {}", HumanSize(operation.to_bytes)),
+        OperationKind::Move => {
+            let [from, to] = [&operation.from_store, &operation.to_store].map(|store| store.as_deref().unwrap_or(NONE));
+            format!("move {from} to {to}")
+        }
+        OperationKind::Unspecified => NONE.into(),
+    }
 }
 
 fn state(operation: &Operation) -> String {

@@ -109,6 +109,8 @@ kinds! {
     ReplicaCounts = "REPLICA_COUNTS", true;
     /// A replica is to be in another store.
     ReplicaReplaced = "REPLICA_REPLACED", false;
+    /// A replica is to go once all others count.
+    ReplicaRetiring = "REPLICA_RETIRING", false;
     /// There is to be one more.
     ReplicaAdded = "REPLICA_ADDED", false;
     /// One that was replaced is deleted.
@@ -145,6 +147,12 @@ kinds! {
     StoreAdded = "STORE_ADDED", false;
     /// It is no longer.
     StoreRemoved = "STORE_REMOVED", false;
+    /// It takes new replicas again.
+    StoreEnabled = "STORE_ENABLED", false;
+    /// It takes none.
+    StoreDisabled = "STORE_DISABLED", false;
+    /// It takes none, and those that are there go elsewhere.
+    StoreEvicting = "STORE_EVICTING", false;
 }
 
 /// A store, as it was when something happened.

@@ -10,7 +10,8 @@
 //!   A replica that counts stays: only one that no longer does is replaced by another. A salvage alone makes another one count; it is
 //!   remembered, ends the targets of before, and leaves no replica that could be taken for one that agrees.
 //! * M6. Each attachment has a number of its own, which is the volume's from then on: earlier ones change nothing any more.
-//! * M7. At most one operation of a kind runs on a volume; one that has ended stays as it is.
+//! * M7. Operations run on a volume beside each other only as the table says; one that has ended stays as it is.
+//! * M8. A replica that is to go is one of the volume's.
 //!
 //! What a change tells goes into the log with it (`story`). What is only noted is kept in memory until the next change, or until somebody
 //! flushes: so it never costs a change a write of its own.
@@ -35,14 +36,18 @@ use carrick_replicator::control::VolumeConfig;
 use tokio::sync::watch;
 
 pub use events::{EventKind, EventLog, EventNumber, EventRecord, LogChanges, NewEvent, Subject, SubjectId};
-pub use operations::{ENDED_MAX, ExpandStep, KEY_MAX, OperationId, OperationRecord, OperationState, Outcome, Task};
-pub use records::{AttachmentPhase, AttachmentRecord, FORMAT, SALVAGES_MAX, SalvageRecord, StoreRecord, VolumePhase, VolumeRecord};
+pub use operations::{ENDED_MAX, ExpandStep, KEY_MAX, MoveStep, OperationId, OperationRecord, OperationState, Outcome, Task};
+pub use records::{
+    AttachmentPhase, AttachmentRecord, FORMAT, NodeRecord, Placement, SALVAGES_MAX, SalvageRecord, StoreRecord, VolumePhase, VolumeRecord,
+};
 pub use redb_store::RedbStore;
 pub use story::{Occasion, place, subject};
 
 /// Everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
+    /// What may come to the node.
+    pub node: NodeRecord,
     /// The stores.
     pub stores: BTreeMap<StoreId, StoreRecord>,
     /// The volumes, those being made and deleted included.
@@ -56,6 +61,8 @@ pub struct State {
 /// One change, done as a whole or not at all.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Mutation {
+    /// Something else may come to the node.
+    PutNode(NodeRecord),
     /// A store is added, or its options change.
     PutStore(StoreRecord),
     /// A store is forgotten.
@@ -95,6 +102,8 @@ pub enum Mutation {
     RemoveAttachment(VolumeId),
     /// An operation begins, or goes on.
     PutOperation(Box<OperationRecord>),
+    /// All of these, in this order.
+    All(Vec<Mutation>),
 }
 
 /// Why a change wasn't made, or the records can't be read.
@@ -239,6 +248,11 @@ impl State {
         self.volumes.values().filter(move |volume| volume.replicas.contains(&store))
     }
 
+    /// The volumes whose replica in this store has been replaced and isn't deleted yet.
+    pub fn volumes_leaving(&self, store: StoreId) -> impl Iterator<Item = &VolumeRecord> {
+        self.volumes.values().filter(move |volume| volume.leaving.contains(&store))
+    }
+
     /// Whether a volume or store is there.
     pub fn has(&self, subject: SubjectId) -> bool {
         match subject {
@@ -247,9 +261,10 @@ impl State {
         }
     }
 
-    /// Makes a change, if the rules allow it.
+    /// Makes a change, if the rules allow it; else this state is no longer to be used.
     pub fn apply(&mut self, mutation: &Mutation) -> Result<(), MetadataError> {
         match mutation {
+            Mutation::PutNode(record) => self.node = record.clone(),
             Mutation::PutStore(record) => {
                 self.stores.insert(record.id, record.clone());
             }
@@ -279,18 +294,29 @@ impl State {
                 self.attachments.remove(id);
             }
             Mutation::PutOperation(record) => self.put_operation(record)?,
+            Mutation::All(mutations) => mutations.iter().try_for_each(|mutation| self.apply(mutation))?,
         }
         Ok(())
     }
 
-    /// What runs on a volume.
-    pub fn running(&self, volume: VolumeId) -> Option<&OperationRecord> {
-        self.operations.values().find(|operation| operation.volume == volume && operation.is_running())
+    /// What runs on a volume, the oldest first.
+    pub fn running(&self, volume: VolumeId) -> impl Iterator<Item = &OperationRecord> {
+        self.operations.values().filter(move |operation| operation.volume == volume && operation.is_running())
+    }
+
+    /// The expansion that runs on a volume.
+    pub fn expansion(&self, volume: VolumeId) -> Option<&OperationRecord> {
+        self.running(volume).find(|operation| matches!(operation.task, Task::Expand { .. }))
+    }
+
+    /// The move that runs on a volume.
+    pub fn relocation(&self, volume: VolumeId) -> Option<&OperationRecord> {
+        self.running(volume).find(|operation| matches!(operation.task, Task::Move { .. }))
     }
 
     fn put_operation(&mut self, record: &OperationRecord) -> Result<(), MetadataError> {
         let is_over = self.operations.get(&record.id).is_some_and(|known| !known.is_running());
-        let another = self.running(record.volume).is_some_and(|other| other.id != record.id);
+        let another = self.running(record.volume).any(|other| other.id != record.id && !other.task.may_run_beside(&record.task));
         if is_over || another && record.is_running() {
             return Err(MetadataError::OperationOver(record.id));
         }
@@ -346,7 +372,8 @@ impl State {
         let left_out = left_out.into_iter().filter(|(store, _)| new.replicas.contains(store)).collect();
         // While nothing else is written down all count, and a new one must not.
         let config = if new.replicas == current.replicas { config } else { Some(current.config()) };
-        self.volumes.insert(new.id, VolumeRecord { config, left_out, ..new.clone() });
+        let retiring = new.retiring.iter().copied().filter(|store| new.replicas.contains(store)).collect();
+        self.volumes.insert(new.id, VolumeRecord { config, left_out, retiring, ..new.clone() });
         Ok(())
     }
 
@@ -363,6 +390,7 @@ impl State {
         volume.leaving.extend(volume.replicas.iter().filter(|store| **store != from));
         // A target that is there must be told, whatever becomes of this carrickd: one of the others may come back to it.
         (volume.replicas, volume.joining, volume.left_out) = (vec![from], vec![from], BTreeMap::new());
+        volume.retiring.clear();
         volume.config_version += 1;
         let (version, attachment) = (config.version.next(), config.attachment.next());
         volume.config = Some(VolumeConfig { version, members: vec![from], attachment, ..config });

@@ -7,11 +7,16 @@
 //! | refused | it has failed; what it had done so far harms nobody, and another attempt finds it done |
 //!
 //! Every step may be done twice: a crash after it, and before that is written down, does it again.
+//!
+//! Which kinds may run beside which on one volume ([`Task::may_run_beside`]): an expansion beside a move. Two expansions become one; a
+//! second move is refused until the first has ended, since each changes which replicas there are.
 
-use carrick_backing_store::{VolumeId, VolumeSize};
+use carrick_backing_store::{StoreId, VolumeId, VolumeSize};
 use carrick_ctl::fault::{Fault, Reason};
 use carrick_ctl::name::VolumeName;
 use serde::{Deserialize, Serialize};
+
+use super::records::VolumeRecord;
 
 /// Operations that have ended and are remembered.
 pub const ENDED_MAX: usize = 256;
@@ -62,6 +67,62 @@ pub enum Task {
         /// What is done now.
         step: ExpandStep,
     },
+    /// A replica that counts goes to another store.
+    Move {
+        /// From this one.
+        from: StoreId,
+        /// To this one.
+        to: StoreId,
+        /// What is done now.
+        step: MoveStep,
+    },
+}
+
+/// The steps of a move, in their order: the new replica counts before the old one no longer does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MoveStep {
+    /// The new replica is made, and the target told of it.
+    Make,
+    /// The target copies everything to it, takes it in, and leaves the old one out: from here on it can't be taken back.
+    Copy,
+    /// The record forgets the old one, and the target is told of that.
+    Drop,
+}
+
+impl Task {
+    /// Whether both may run on one volume at the same time.
+    pub const fn may_run_beside(&self, other: &Self) -> bool {
+        !matches!((self, other), (Self::Expand { .. }, Self::Expand { .. }) | (Self::Move { .. }, Self::Move { .. }))
+    }
+
+    /// The same with its next step; `None`: there is none.
+    const fn next(self) -> Option<Self> {
+        match self {
+            Self::Expand { from, to, step } => match step {
+                ExpandStep::Replicas => Some(Self::Expand { from, to, step: ExpandStep::Record }),
+                ExpandStep::Record => Some(Self::Expand { from, to, step: ExpandStep::Device }),
+                ExpandStep::Device => None,
+            },
+            Self::Move { from, to, step } => match step {
+                MoveStep::Make => Some(Self::Move { from, to, step: MoveStep::Copy }),
+                MoveStep::Copy => Some(Self::Move { from, to, step: MoveStep::Drop }),
+                MoveStep::Drop => None,
+            },
+        }
+    }
+
+    /// The word for what is done now, as callers see it.
+    pub const fn step_name(&self) -> &'static str {
+        match self {
+            Self::Expand { step: ExpandStep::Replicas, .. } => "replicas",
+            Self::Expand { step: ExpandStep::Record, .. } => "record",
+            Self::Expand { step: ExpandStep::Device, .. } => "device",
+            Self::Move { step: MoveStep::Make, .. } => "make",
+            Self::Move { step: MoveStep::Copy, .. } => "copy",
+            Self::Move { step: MoveStep::Drop, .. } => "drop",
+        }
+    }
 }
 
 /// The steps of an expansion, in their order: nothing beyond the old end is written before every replica has room for it.
@@ -161,14 +222,23 @@ pub enum Outcome {
 impl OperationRecord {
     /// An expansion that begins.
     pub fn expand(volume: VolumeId, name: VolumeName, [from, to]: [VolumeSize; 2], key: Option<String>, now_unix: u64) -> Self {
+        Self { key, ..Self::new(volume, name, Task::Expand { from, to, step: ExpandStep::Replicas }, now_unix) }
+    }
+
+    /// A move that begins.
+    pub fn relocate(volume: VolumeId, name: VolumeName, [from, to]: [StoreId; 2], now_unix: u64) -> Self {
+        Self::new(volume, name, Task::Move { from, to, step: MoveStep::Make }, now_unix)
+    }
+
+    const fn new(volume: VolumeId, name: VolumeName, task: Task, now_unix: u64) -> Self {
         Self {
             id: OperationId::NEW,
             volume,
             name,
-            task: Task::Expand { from, to, step: ExpandStep::Replicas },
+            task,
             state: OperationState::Running,
             wait: None,
-            key,
+            key: None,
             notes: Vec::new(),
             created_unix: now_unix,
             updated_unix: now_unix,
@@ -185,11 +255,9 @@ impl OperationRecord {
         let mut next = Self { updated_unix: now_unix, wait: None, ..self.clone() };
         match outcome {
             Outcome::Done(notes) => {
-                let Task::Expand { step, .. } = &mut next.task;
-                match step {
-                    ExpandStep::Replicas => *step = ExpandStep::Record,
-                    ExpandStep::Record => *step = ExpandStep::Device,
-                    ExpandStep::Device => next.state = OperationState::Succeeded,
+                match next.task.next() {
+                    Some(task) => next.task = task,
+                    None => next.state = OperationState::Succeeded,
                 }
                 for note in notes {
                     if !next.notes.contains(&note) && next.notes.len() < NOTES_MAX {
@@ -208,9 +276,9 @@ impl OperationRecord {
         next
     }
 
-    /// The same, if somebody asks for a larger size meanwhile. `None`: it is as large as that already.
+    /// The same expansion, if somebody asks for a larger size meanwhile. `None`: it is as large as that already.
     pub fn folded(&self, larger: VolumeSize, now_unix: u64) -> Option<Self> {
-        let Task::Expand { from, to, .. } = self.task;
+        let Task::Expand { from, to, .. } = self.task else { return None };
         let task = Task::Expand { from, to: larger, step: ExpandStep::Replicas };
         (larger > to).then(|| Self { task, wait: None, updated_unix: now_unix, ..self.clone() })
     }
@@ -220,29 +288,49 @@ impl OperationRecord {
         Self { state: OperationState::Cancelled, wait: None, updated_unix: now_unix, ..self.clone() }
     }
 
-    /// The same, ended by somebody while the volume has this size.
+    /// The same, ended by somebody while the volume is so.
     ///
     /// # Errors
     /// Why that can't be any more.
-    pub fn cancelled(&self, size: VolumeSize, now_unix: u64) -> Result<Self, Fault> {
-        let Task::Expand { to, .. } = self.task;
+    pub fn cancelled(&self, volume: &VolumeRecord, now_unix: u64) -> Result<Self, Fault> {
         if !self.is_running() {
             return Err(Fault::new(Reason::OperationEnded, self.id, format!("operation {} has ended already", self.id)));
         }
-        if size >= to {
-            let message = format!(
-                "volume {} has {} bytes already, and a volume never shrinks: only its device is still to follow",
-                self.name,
+        let past = |message| Err(Fault::new(Reason::OperationPastCancelling, self.id, message));
+        let name = &self.name;
+        match self.task {
+            Task::Expand { to, .. } if volume.size >= to => past(format!(
+                "volume {name} has {} bytes already, and a volume never shrinks: only its device is still to follow",
                 to.bytes()
-            );
-            return Err(Fault::new(Reason::OperationPastCancelling, self.id, message));
+            )),
+            Task::Move { to, .. } if volume.config().members.contains(&to) => {
+                past(format!("the new replica of volume {name} counts already: the old one is about to go"))
+            }
+            Task::Expand { .. } | Task::Move { .. } => Ok(self.given_up(now_unix)),
         }
-        Ok(self.given_up(now_unix))
+    }
+
+    /// What becomes of the volume when this ends before it has succeeded; `None`: it is as it was.
+    pub fn undone(&self, volume: &VolumeRecord) -> Option<VolumeRecord> {
+        let Task::Move { from, to, .. } = self.task else { return None };
+        let members = volume.config().members;
+        if !volume.retiring.contains(&from) {
+            return None;
+        }
+        let mut undone = volume.clone();
+        undone.retiring.retain(|store| *store != from);
+        if volume.replicas.contains(&to) && !members.contains(&to) {
+            undone.replicas.retain(|store| *store != to);
+            undone.leaving.push(to);
+        }
+        undone.change_replicas(members.first().copied());
+        Some(undone)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::volume;
     use super::*;
 
     fn size(blocks: u64) -> VolumeSize {
@@ -254,8 +342,12 @@ mod tests {
     }
 
     fn step(record: &OperationRecord) -> ExpandStep {
-        let Task::Expand { step, .. } = record.task;
+        let Task::Expand { step, .. } = record.task else { panic!("{record:?}") };
         step
+    }
+
+    fn of_size(blocks: u64) -> VolumeRecord {
+        VolumeRecord { size: size(blocks), ..volume(7, "vm1", &[1, 2, 3]) }
     }
 
     fn done() -> Outcome {
@@ -291,7 +383,7 @@ mod tests {
     fn a_refusal_ends_it_and_says_why() {
         let failed = begun().after(Outcome::Refused(full()), 110);
         assert_eq!(failed.state, OperationState::Failed(Why { reason: "NO_SPACE".into(), message: "no room".into() }));
-        assert_eq!(failed.cancelled(size(1), 120).unwrap_err().reason, Reason::OperationEnded);
+        assert_eq!(failed.cancelled(&of_size(1), 120).unwrap_err().reason, Reason::OperationEnded);
     }
 
     #[test]
@@ -306,9 +398,47 @@ mod tests {
     #[test]
     fn it_can_be_cancelled_until_the_record_says_the_new_size() {
         let record = begun().after(done(), 110);
-        assert_eq!(record.cancelled(size(1), 120).unwrap().state, OperationState::Cancelled);
-        let fault = record.cancelled(size(2), 120).unwrap_err();
+        assert_eq!(record.cancelled(&of_size(1), 120).unwrap().state, OperationState::Cancelled);
+        let fault = record.cancelled(&of_size(2), 120).unwrap_err();
         assert_eq!(fault.reason, Reason::OperationPastCancelling);
         assert!(fault.message.contains("8192 bytes"), "{}", fault.message);
+    }
+
+    fn store(number: u8) -> StoreId {
+        StoreId::from_bytes([number; 16])
+    }
+
+    #[test]
+    fn a_move_goes_on_to_its_end_and_is_taken_back_until_the_new_replica_counts() {
+        let begun = OperationRecord::relocate(VolumeId::from_bytes([7; 16]), "vm1".parse().unwrap(), [store(1), store(4)], 100);
+        let names: Vec<_> = [begun.clone(), begun.after(done(), 101), begun.after(done(), 101).after(done(), 102)]
+            .iter()
+            .map(|record| record.task.step_name())
+            .collect();
+        assert_eq!(names, ["make", "copy", "drop"]);
+        let moving = VolumeRecord {
+            replicas: [1, 2, 3, 4].map(store).to_vec(),
+            joining: vec![store(4)],
+            retiring: vec![store(1)],
+            config: Some(volume(7, "vm1", &[1, 2, 3]).config()),
+            ..volume(7, "vm1", &[])
+        };
+        assert_eq!(begun.cancelled(&moving, 110).unwrap().state, OperationState::Cancelled);
+        let undone = begun.undone(&moving).unwrap();
+        assert_eq!((undone.replicas, undone.leaving, undone.retiring), ([1, 2, 3].map(store).to_vec(), vec![store(4)], vec![]));
+        assert_eq!((undone.joining, undone.config_version), (vec![store(1)], 2), "its target is to be told");
+        let counts = VolumeRecord { config: Some(volume(7, "vm1", &[1, 2, 3, 4]).config()), ..moving };
+        assert_eq!(begun.cancelled(&counts, 110).unwrap_err().reason, Reason::OperationPastCancelling);
+        // Whatever ends it then, nothing that counts is dropped.
+        assert_eq!(begun.undone(&counts).unwrap().replicas, [1, 2, 3, 4].map(store));
+        assert_eq!(begun.undone(&of_size(1)), None, "somebody else has seen to it");
+    }
+
+    #[test]
+    fn kinds_run_beside_each_other_as_the_table_says() {
+        let expand = begun().task;
+        let relocate = OperationRecord::relocate(VolumeId::from_bytes([7; 16]), "vm1".parse().unwrap(), [store(1), store(4)], 1).task;
+        assert!(expand.may_run_beside(&relocate) && relocate.may_run_beside(&expand));
+        assert!(!expand.may_run_beside(&expand) && !relocate.may_run_beside(&relocate));
     }
 }

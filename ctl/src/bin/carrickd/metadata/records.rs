@@ -20,6 +20,37 @@ use serde::{Deserialize, Serialize};
 /// 1: the first.
 pub const FORMAT: u32 = 1;
 
+/// What may come to this node. What is there stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeRecord {
+    /// No volume is attached any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub refuses_targets: bool,
+    /// No replica is made any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub refuses_replicas: bool,
+}
+
+/// Whether replicas come to a store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Placement {
+    /// They do.
+    #[default]
+    Enabled,
+    /// None does; those that are there stay.
+    Disabled,
+    /// None does, and those that are there go to other stores.
+    Evicting,
+}
+
+impl Placement {
+    fn is_enabled(&self) -> bool {
+        *self == Self::Enabled
+    }
+}
+
 /// A store of this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -34,6 +65,9 @@ pub struct StoreRecord {
     pub insecure: bool,
     /// When it was added, in seconds since 1970.
     pub added_unix: u64,
+    /// Whether replicas come to it.
+    #[serde(default, skip_serializing_if = "Placement::is_enabled")]
+    pub placement: Placement,
 }
 
 /// A volume.
@@ -71,6 +105,9 @@ pub struct VolumeRecord {
     /// Those of the stores where the replica is still to be made, and the target to be told of it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub joining: Vec<StoreId>,
+    /// Those of the stores whose replicas are to stop counting once all others do, and then to go.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub retiring: Vec<StoreId>,
     /// Other stores, where a replica that was replaced is still to be deleted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub leaving: Vec<StoreId>,
@@ -104,6 +141,15 @@ impl VolumeRecord {
             attachment: Attachment::NONE,
         };
         self.config.clone().unwrap_or_else(first)
+    }
+
+    /// Other replicas are there than before: whoever reads the record later has the target learn of it, by way of one that is there.
+    pub fn change_replicas(&mut self, there: Option<StoreId>) {
+        self.config_version += 1;
+        self.joining.retain(|store| self.replicas.contains(store));
+        if self.joining.is_empty() {
+            self.joining.extend(there);
+        }
     }
 }
 

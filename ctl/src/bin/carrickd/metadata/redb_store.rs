@@ -19,11 +19,15 @@ use crate::context::unix_now;
 
 type Documents = TableDefinition<'static, &'static str, &'static [u8]>;
 
+const NODE: Documents = TableDefinition::new("node");
 const STORES: Documents = TableDefinition::new("stores");
 const VOLUMES: Documents = TableDefinition::new("volumes");
 const ATTACHMENTS: Documents = TableDefinition::new("attachments");
 const OPERATIONS: Documents = TableDefinition::new("operations");
 const EVENTS: Documents = TableDefinition::new("events");
+
+/// The key of the only record of its table.
+const ONLY: &str = "node";
 
 /// Events that were noted and are not durable yet: more than that come only while the disk takes nothing.
 pub(super) const NOTED_MAX: usize = 1024;
@@ -230,6 +234,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Writes the records that a change is about, as they are afterwards.
 fn put_change(transaction: &WriteTransaction, mutation: &Mutation, before: &State, after: &State) -> Result<(), redb::Error> {
     let put = |table: Documents, key: String, document: Vec<u8>| -> Result<(), redb::Error> {
         transaction.open_table(table)?.insert(key.as_str(), document.as_slice())?;
@@ -244,6 +249,7 @@ fn put_change(transaction: &WriteTransaction, mutation: &Mutation, before: &Stat
         None => Ok(()),
     };
     match mutation {
+        Mutation::PutNode(record) => put(NODE, ONLY.to_owned(), encode(record)?)?,
         Mutation::PutStore(record) => put(STORES, record.id.to_string(), encode(record)?)?,
         Mutation::RemoveStore(id) => {
             remove(STORES, id.to_string())?;
@@ -267,6 +273,7 @@ fn put_change(transaction: &WriteTransaction, mutation: &Mutation, before: &Stat
             let mut forgotten = before.operations.keys().filter(|id| !after.operations.contains_key(id));
             forgotten.try_for_each(|id| remove(OPERATIONS, id.to_string()))?;
         }
+        Mutation::All(mutations) => mutations.iter().try_for_each(|mutation| put_change(transaction, mutation, before, after))?,
     }
     Ok(())
 }
@@ -303,12 +310,13 @@ fn decode<T: DeserializeOwned>(path: &Path, what: &str, document: &[u8]) -> Resu
 }
 
 fn load(path: &Path, database: &Database) -> Result<State, MetadataError> {
+    let node = read(path, database, NODE)?.into_iter().next().unwrap_or_default();
     let stores = read(path, database, STORES)?.into_iter().map(|record: super::StoreRecord| (record.id, record)).collect();
     let volumes = read(path, database, VOLUMES)?.into_iter().map(|record: super::VolumeRecord| (record.id, record)).collect();
     let attachments =
         read(path, database, ATTACHMENTS)?.into_iter().map(|record: super::AttachmentRecord| (record.volume, record)).collect();
     let operations = read(path, database, OPERATIONS)?.into_iter().map(|record: super::OperationRecord| (record.id, record)).collect();
-    Ok(State { stores, volumes, attachments, operations })
+    Ok(State { node, stores, volumes, attachments, operations })
 }
 
 /// The log is no reason not to start: what can't be understood, as what a newer version wrote, stays where it is and is not shown.

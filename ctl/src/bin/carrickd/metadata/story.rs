@@ -7,7 +7,7 @@ use carrick_replicator::limits::Limits;
 
 use super::events::{EventKind, NewEvent, Place, Subject};
 use super::operations::{OperationRecord, OperationState, Task};
-use super::records::{AttachmentPhase, StoreRecord, VolumePhase, VolumeRecord};
+use super::records::{AttachmentPhase, Placement, StoreRecord, VolumePhase, VolumeRecord};
 use super::{Mutation, State};
 
 /// On which occasion a change is made.
@@ -43,8 +43,8 @@ struct Story<'a> {
 impl Story<'_> {
     fn of(&self, mutation: &Mutation) -> Vec<NewEvent> {
         match mutation {
-            Mutation::PutStore(record) if self.before.stores.contains_key(&record.id) => Vec::new(),
-            Mutation::PutStore(record) => vec![self.store(EventKind::StoreAdded, record, "was added")],
+            Mutation::PutNode(_) => Vec::new(),
+            Mutation::PutStore(record) => self.put_store(record).into_iter().collect(),
             Mutation::RemoveStore(id) => {
                 let record = self.before.stores.get(id);
                 record.map(|record| self.store(EventKind::StoreRemoved, record, "was removed; its files stay")).into_iter().collect()
@@ -69,6 +69,7 @@ impl Story<'_> {
                 event.and_then(of).into_iter().collect()
             }
             Mutation::PutOperation(_) => self.after.operations.values().filter_map(|operation| self.operation(operation)).collect(),
+            Mutation::All(mutations) => mutations.iter().flat_map(|mutation| self.of(mutation)).collect(),
         }
     }
 
@@ -78,6 +79,17 @@ impl Story<'_> {
             None => text.to_owned(),
         };
         NewEvent { at_unix: self.occasion.at_unix, kind, subject, replica, text }
+    }
+
+    fn put_store(&self, record: &StoreRecord) -> Option<NewEvent> {
+        let (kind, text) = match (self.before.stores.get(&record.id).map(|before| before.placement), record.placement) {
+            (None, _) => (EventKind::StoreAdded, "was added"),
+            (Some(before), after) if before == after => return None,
+            (_, Placement::Enabled) => (EventKind::StoreEnabled, "takes new replicas again"),
+            (_, Placement::Disabled) => (EventKind::StoreDisabled, "takes no new replicas; those that are there stay"),
+            (_, Placement::Evicting) => (EventKind::StoreEvicting, "takes no new replicas; those that are there go to other stores"),
+        };
+        Some(self.store(kind, record, text))
     }
 
     fn store(&self, kind: EventKind, record: &StoreRecord, text: &str) -> NewEvent {
@@ -120,6 +132,9 @@ impl Story<'_> {
             events.push(self.volume(EventKind::LimitsSet, after, &format!("limits were set: {}", limits(after))));
         }
         let replaced = after.leaving.iter().find(|store| before.replicas.contains(store));
+        for store in after.retiring.iter().filter(|store| !before.retiring.contains(store)) {
+            events.push(self.replica(EventKind::ReplicaRetiring, after, *store, "the replica in {} is to go once all others count"));
+        }
         for store in after.replicas.iter().filter(|store| !before.replicas.contains(store)) {
             events.push(match replaced {
                 Some(old) => {
@@ -159,8 +174,18 @@ impl Story<'_> {
         self.replica(EventKind::VolumeSalvaged, volume, from, &text)
     }
 
+    /// What it is to do.
+    fn goal(&self, operation: &OperationRecord) -> String {
+        match operation.task {
+            Task::Expand { to, .. } => format!("expand it to {}", HumanSize(to.bytes().get())),
+            Task::Move { from, to, .. } => format!("move its replica in {} to {}", self.before.place(from), self.before.place(to)),
+        }
+    }
+
     fn operation(&self, operation: &OperationRecord) -> Option<NewEvent> {
-        let (kind, text) = progress(self.before.operations.get(&operation.id), operation)?;
+        let before = self.before.operations.get(&operation.id);
+        let goals = [before.unwrap_or(operation), operation].map(|operation| self.goal(operation));
+        let (kind, text) = progress(before, operation, goals)?;
         let subject = Subject::Volume { id: operation.volume, name: operation.name.clone() };
         Some(self.event(kind, subject, None, &text))
     }
@@ -182,24 +207,20 @@ fn attachment(before: Option<AttachmentPhase>, after: Option<AttachmentPhase>) -
 }
 
 /// What an operation came to.
-fn progress(before: Option<&OperationRecord>, after: &OperationRecord) -> Option<(EventKind, String)> {
-    let size = |operation: &OperationRecord| {
-        let Task::Expand { to, .. } = operation.task;
-        HumanSize(to.bytes().get()).to_string()
-    };
-    let (id, to) = (after.id, size(after));
+fn progress(before: Option<&OperationRecord>, after: &OperationRecord, goals: [String; 2]) -> Option<(EventKind, String)> {
+    let (id, [goal_before, goal]) = (after.id, goals);
     let Some(before) = before else {
-        return Some((EventKind::OperationStarted, format!("operation {id} begins: to expand it to {to}")));
+        return Some((EventKind::OperationStarted, format!("operation {id} begins: to {goal}")));
     };
     match (&before.state, &after.state) {
         (OperationState::Running, OperationState::Running) => match &after.wait {
-            _ if size(before) != to => Some((EventKind::OperationExtended, format!("operation {id} is to expand it to {to}"))),
+            _ if goal_before != goal => Some((EventKind::OperationExtended, format!("operation {id} is to {goal}"))),
             Some(wait) if before.wait.is_none() => Some((EventKind::OperationWaits, format!("operation {id} waits: {}", wait.why.message))),
             _ => None,
         },
         (OperationState::Running, OperationState::Succeeded) => {
             let notes: String = after.notes.iter().map(|note| format!("; {note}")).collect();
-            Some((EventKind::OperationSucceeded, format!("operation {id} is done: it has {to}{notes}")))
+            Some((EventKind::OperationSucceeded, format!("operation {id} is done: to {goal}{notes}")))
         }
         (OperationState::Running, OperationState::Failed(why)) => {
             Some((EventKind::OperationFailed, format!("operation {id} failed: {}", why.message)))
@@ -395,7 +416,7 @@ mod tests {
         assert_eq!(told, "", "a step is no news");
         let (_, running) = put(running.after(Outcome::Done(Vec::new()), 7));
         let (told, _) = put(running.after(Outcome::Done(Vec::new()), 7));
-        assert_eq!(told, "OPERATION_SUCCEEDED operation 1 is done: it has 40 GiB; a note");
+        assert_eq!(told, "OPERATION_SUCCEEDED operation 1 is done: to expand it to 40 GiB; a note");
         let (_, running) = put(begun());
         let (told, _) = put(running.after(Outcome::Refused(Fault::new(Reason::NoSpace, "x", "no room")), 7));
         assert_eq!(told, "OPERATION_FAILED operation 2 failed: no room");
