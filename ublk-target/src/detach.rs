@@ -7,7 +7,8 @@ use std::time::Duration;
 use carrick_replicator::control::{ControlError, ControlErrorCode, TargetAnswer, TargetPhase};
 use carrick_replicator::io::Reply;
 
-use crate::driver::{DriverError, Stop};
+use crate::driver::{DriverError, Errand};
+use crate::errand;
 use crate::files;
 use crate::front::Order;
 use crate::mapping;
@@ -96,17 +97,14 @@ impl Service {
     fn stop_unused(&mut self, id: DeviceId) -> Result<(), ControlError> {
         let path = sysfs::disk_path(id);
         let exclusive = exclusive_open(&path)?;
-        let pending = if self.features.offers(libublk_rs_sys::UBLK_F_SAFE_STOP_DEV) {
-            // The driver itself looks, and lets nobody in afterwards. It counts this process, too.
-            drop(exclusive);
-            self.driver.begin_stop(id, Stop::IfUnused).map_err(failed)?
-        } else {
-            let pending = self.driver.begin_stop(id, Stop::Anyway).map_err(failed)?;
-            // Held until the driver has the command: nobody could mount the disk in between.
-            drop(exclusive);
-            pending
-        };
-        match self.driver.finish(&pending, STOP_LIMIT) {
+        let looks = self.features.offers(libublk_rs_sys::UBLK_F_SAFE_STOP_DEV);
+        // Where the driver itself looks, it lets nobody in afterwards, and counts this process, too. Elsewhere this process holds the disk
+        // until there is none any more: nobody could mount it in between.
+        let held = exclusive.filter(|_| !looks);
+        let stopped =
+            errand::begin(if looks { Errand::StopIfUnused } else { Errand::Stop }, id).and_then(|mut stop| stop.finish(STOP_LIMIT));
+        drop(held);
+        match stopped {
             Err(error) if error.errno() == Some(libc::EBUSY) => Err(busy(&path, "something has it open")),
             // There was no disk to stop: half made, or stopped already.
             Err(error) if error.errno() == Some(libc::ENODEV) => Ok(()),
@@ -118,11 +116,11 @@ impl Service {
     pub(crate) fn remove(&mut self, id: DeviceId) -> Result<(), ControlError> {
         self.is_stopping = self.queue_is_open;
         let is_below = self.is_below(id);
-        let pending = self.driver.begin_stop(id, Stop::Anyway).map_err(failed)?;
-        let mut stopped = self.driver.finish(&pending, FORCE_AFTER);
+        let mut stop = errand::begin(Errand::Stop, id).map_err(failed)?;
+        let mut stopped = stop.finish(FORCE_AFTER);
         if stopped.as_ref().is_err_and(DriverError::is_timeout) {
             self.order(Order::Abort)?;
-            stopped = self.driver.finish(&pending, STOP_LIMIT);
+            stopped = stop.finish(STOP_LIMIT);
         }
         ignore_absent(stopped)?;
         if self.queue_is_open {

@@ -7,9 +7,11 @@
 //!
 //! A command that doesn't end in time leaves its buffer to the kernel, which may still write to it.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry128;
@@ -27,6 +29,8 @@ pub const CONTROL_PATH: &str = "/dev/ublk-control";
 const QUICK: Duration = Duration::from_secs(10);
 /// A kernel bug (Linux 6.18.4) made ADD_DEV hang for ever; a good one takes milliseconds even on a busy machine.
 const ADD: Duration = Duration::from_secs(30);
+/// For commands that nobody waits for any more: longer than any machine is up without news.
+const FOR_GOOD: Duration = Duration::from_secs(100 * 365 * 86_400);
 /// Commands at once: one, and what has timed out before.
 const ENTRIES: u32 = 8;
 
@@ -77,13 +81,49 @@ impl DriverError {
     }
 }
 
-/// How STOP_DEV is to treat openers.
+/// Commands that wait for requests to end, which this process may serve: [`crate::errand`] sends them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// They get errors from then on.
-    Anyway,
-    /// `EBUSY` if there is one. Only where SAFE_STOP_DEV is offered.
-    IfUnused,
+pub enum Errand {
+    /// Make the disk, and read its partitions. Every FETCH must be at the driver.
+    Start,
+    /// Remove the disk. Whoever has it open gets errors from then on.
+    Stop,
+    /// The same, but `EBUSY` if somebody has it open. Only where SAFE_STOP_DEV is offered.
+    StopIfUnused,
+}
+
+impl Errand {
+    const fn command(self) -> (&'static str, u32) {
+        match self {
+            Self::Start => ("START_DEV", sys::UBLK_U_CMD_START_DEV),
+            Self::Stop => ("STOP_DEV", sys::UBLK_U_CMD_STOP_DEV),
+            Self::StopIfUnused => ("TRY_STOP_DEV", sys::UBLK_U_CMD_TRY_STOP_DEV),
+        }
+    }
+
+    /// The error that it has failed with.
+    pub(crate) const fn failed(self, device: DeviceId, cause: Cause) -> DriverError {
+        DriverError { command: self.command().0, device: Some(device), cause }
+    }
+}
+
+impl fmt::Display for Errand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Start => "start",
+            Self::Stop => "stop",
+            Self::StopIfUnused => "stop-if-unused",
+        })
+    }
+}
+
+impl FromStr for Errand {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let all = [Self::Start, Self::Stop, Self::StopIfUnused];
+        all.into_iter().find(|errand| errand.to_string() == text).ok_or_else(|| format!("{text:?} is no errand"))
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -96,8 +136,7 @@ struct Command {
 }
 
 /// A command that is under way.
-#[derive(Debug)]
-pub struct Pending {
+struct Pending {
     name: &'static str,
     device: Option<DeviceId>,
     token: u64,
@@ -176,13 +215,22 @@ impl Driver {
         self.call_with(command("GET_PARAMS", sys::UBLK_U_CMD_GET_PARAMS, Some(id), QUICK), empty)
     }
 
-    /// Makes the disk. Every FETCH must be at the driver.
+    /// Makes the disk of a guest, whose partitions nobody reads, so that it waits for no request. Every FETCH must be at the driver.
     ///
     /// # Errors
     /// [`DriverError`].
     pub fn start(&mut self, id: DeviceId, limit: Duration) -> Result<(), DriverError> {
         // The driver checks that this process has the character device open.
         self.call(Command { data: own_process(), ..command("START_DEV", sys::UBLK_U_CMD_START_DEV, Some(id), limit) })
+    }
+
+    /// Does what another process, the `server` of the device, wants done, however long that takes.
+    ///
+    /// # Errors
+    /// [`DriverError`].
+    pub fn run(&mut self, errand: Errand, id: DeviceId, server: u32) -> Result<(), DriverError> {
+        let (name, operation) = errand.command();
+        self.call(Command { data: server.into(), ..command(name, operation, Some(id), FOR_GOOD) })
     }
 
     /// Prepares a device for a new server.
@@ -211,21 +259,6 @@ impl Driver {
         self.call(Command { data: sectors, ..command("UPDATE_SIZE", sys::UBLK_U_CMD_UPDATE_SIZE, Some(id), QUICK) })
     }
 
-    /// Begins to remove the disk; requests under way are waited for.
-    ///
-    /// # Errors
-    /// [`DriverError`].
-    pub fn begin_stop(&mut self, id: DeviceId, stop: Stop) -> Result<Pending, DriverError> {
-        self.begin(
-            match stop {
-                Stop::Anyway => command("STOP_DEV", sys::UBLK_U_CMD_STOP_DEV, Some(id), QUICK),
-                Stop::IfUnused => command("TRY_STOP_DEV", sys::UBLK_U_CMD_TRY_STOP_DEV, Some(id), QUICK),
-            },
-            0,
-            0,
-        )
-    }
-
     /// Deletes a stopped device. Its number is free again when its last user, an opener of the disk perhaps, has gone.
     ///
     /// # Errors
@@ -240,11 +273,7 @@ impl Driver {
         }
     }
 
-    /// Waits for a command's end, at most until `limit` after it began. After a timeout it may be waited for again.
-    ///
-    /// # Errors
-    /// [`DriverError`].
-    pub fn finish(&mut self, pending: &Pending, limit: Duration) -> Result<(), DriverError> {
+    fn finish(&mut self, pending: &Pending, limit: Duration) -> Result<(), DriverError> {
         let failed = |cause| DriverError { command: pending.name, device: pending.device, cause };
         loop {
             // Answers to commands that were given up come late, and nobody wants them.

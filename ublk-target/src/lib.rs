@@ -7,8 +7,10 @@
 //!
 //! A crash, a `kill -9` or SIGTERM loses no I/O: requests wait in the kernel until the next target recovers the device.
 
+pub mod child;
 pub mod detach;
 pub mod driver;
+pub mod errand;
 pub mod features;
 pub mod files;
 pub mod front;

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory};
-use carrick_target::{mapping, preflight, start};
+use carrick_target::driver::Errand;
+use carrick_target::plan::DeviceId;
+use carrick_target::{errand, mapping, preflight, service, start};
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
@@ -36,6 +38,16 @@ enum Command {
     },
     /// Print what this kernel's ublk driver can do, as JSON
     Features,
+    /// Send one command to the ublk driver, for the target that serves the device
+    #[command(hide = true)]
+    Errand {
+        /// What is to be done
+        errand: Errand,
+        /// The N of /dev/ublkbN
+        device: u32,
+        /// The target's process
+        server: u32,
+    },
 }
 
 fn main() -> ExitCode {
@@ -44,6 +56,10 @@ fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Run { config, run_dir, insecure } => start::run(start::Options { config, run: RunDirectory::new(run_dir), insecure }),
         Command::Features => features(),
+        Command::Errand { errand, device, server } => match errand::run(errand, DeviceId(device), server) {
+            Ok(code) => ExitCode::from(code),
+            Err(error) => start::complain(&service::failed(error)),
+        },
     }
 }
 

@@ -8,15 +8,16 @@
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use carrick_backing_store::VolumeSize;
 use carrick_backing_store::units::VOLUME_SIZE_MAX;
 use carrick_replicator::control::TargetConfig;
 use libublk_rs_sys as sys;
 
+use crate::child;
 use crate::params::SECTOR;
 use crate::sysfs;
 
@@ -31,8 +32,6 @@ const GONE: &str = "carrick-gone-";
 const LIMIT: Duration = Duration::from_secs(20);
 /// After it was killed. It may be inside the kernel, and is left there then.
 const KILL_LIMIT: Duration = Duration::from_secs(1);
-const POLL_MIN: Duration = Duration::from_millis(1);
-const POLL_MAX: Duration = Duration::from_millis(50);
 /// Of what it says, as much as a message needs. A list of a thousand devices has 100 KiB.
 const OUTPUT_MAX: u64 = 4 << 20;
 
@@ -225,10 +224,10 @@ fn dmsetup(arguments: &[&str]) -> Result<String, MappingError> {
         .spawn()
         .map_err(MappingError::NoProgram)?;
     let readers = (read_all(child.stdout.take()), read_all(child.stderr.take()));
-    let Some(status) = wait(&mut child, LIMIT).map_err(MappingError::NoProgram)? else {
+    let Some(status) = child::wait(&mut child, LIMIT).map_err(MappingError::NoProgram)? else {
         child.kill().map_err(MappingError::NoProgram)?;
         // The readers end with it.
-        wait(&mut child, KILL_LIMIT).map_err(MappingError::NoProgram)?;
+        child::wait(&mut child, KILL_LIMIT).map_err(MappingError::NoProgram)?;
         return Err(MappingError::TimedOut { command });
     };
     let said = readers.0.join().unwrap_or_default();
@@ -247,19 +246,6 @@ fn read_all(source: Option<impl Read + Send + 'static>) -> thread::JoinHandle<St
         let _ = source.map(|source| source.take(OUTPUT_MAX).read_to_end(&mut text));
         String::from_utf8_lossy(&text).into_owned()
     })
-}
-
-/// `None` if it hasn't ended in time.
-fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<std::process::ExitStatus>> {
-    let (begun, mut pause) = (Instant::now(), POLL_MIN);
-    loop {
-        let ended = child.try_wait()?;
-        if ended.is_some() || begun.elapsed() > limit {
-            return Ok(ended);
-        }
-        thread::sleep(pause);
-        pause = (pause * 2).min(POLL_MAX);
-    }
 }
 
 #[cfg(test)]

@@ -17,7 +17,8 @@ use carrick_replicator::control::{ControlError, ControlErrorCode, Map, RunDirect
 use carrick_replicator::io::{ControlSocket, Reply, Sender};
 use libublk_rs_sys as sys;
 
-use crate::driver::{Driver, DriverError};
+use crate::driver::{Driver, DriverError, Errand};
+use crate::errand;
 use crate::features::Features;
 use crate::files;
 use crate::front::{Notice, Order};
@@ -248,7 +249,12 @@ impl Service {
         self.open_queue(device, depth, may_be_parsed)?.map_err(|error| failed(format!("can't serve /dev/ublkc{}: {error}", id.0)))?;
         // udev reads it when the disk appears.
         self.write_environment(id, &params)?;
-        self.driver.start(id, if may_be_parsed { START_LIMIT_HOST } else { START_LIMIT }).map_err(failed)
+        let started = if may_be_parsed {
+            errand::begin(Errand::Start, id).and_then(|mut start| start.finish(START_LIMIT_HOST))
+        } else {
+            self.driver.start(id, START_LIMIT)
+        };
+        started.map_err(failed)
     }
 
     /// Whether the host may look for partitions on the ublk disk itself.
@@ -429,6 +435,7 @@ pub(crate) fn refusal(step: Step) -> ControlError {
     ControlError { code, message }
 }
 
-pub(crate) fn failed(why: impl ToString) -> ControlError {
+/// An error of no particular kind.
+pub fn failed(why: impl ToString) -> ControlError {
     ControlError { code: ControlErrorCode::Failed, message: why.to_string() }
 }

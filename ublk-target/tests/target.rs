@@ -19,10 +19,13 @@ use std::thread;
 use std::time::Duration;
 
 use carrick_backing_store::{BufferPool, Term};
-use carrick_replicator::control::{ControlError, ControlErrorCode, Map, TargetAnswer};
+use carrick_replicator::control::{ControlError, ControlErrorCode, Map, TargetAnswer, TargetRequest, call};
 use carrick_replicator::engine::{Engine, EngineConfig, Request, RequestError, RequestTag, Response};
 use carrick_replicator::io::{Completed, FrontEnd, Primary, Reactor};
 use machine::{Machine, Mounted, devices, run, wait_for};
+
+/// Kills of a target that takes a device away, each 4 ms later than the one before.
+const ROUNDS_OF_REMOVAL: u64 = 16;
 
 fn fio(directory: &str, seconds: u32) -> Child {
     let directory = format!("--directory={directory}");
@@ -191,6 +194,33 @@ fn force_ends_requests_that_wait_for_replicas() {
     machine.signal_replicas("-CONT");
     machine.serve();
     machine.detach_cleanly(false);
+}
+
+/// Kills the target at many moments of a detach by force, while requests are in flight: nothing waits for ever, and the next target
+/// takes the device away.
+#[test]
+fn a_target_killed_while_it_takes_a_used_device_away_is_followed_by_one_that_does() {
+    let mut machine = Machine::new(1, 512);
+    for round in 0..ROUNDS_OF_REMOVAL {
+        machine.config.attachment = machine.config.attachment.next();
+        let device = machine.serve();
+        let filename = format!("--filename={}", device.display());
+        let job = ["--name=load", "--rw=randwrite", "--bs=4k", "--ioengine=libaio", "--direct=1", "--iodepth=64", "--time_based"];
+        let quiet = |command: &mut Command| command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut load = quiet(Command::new("fio").args(job).args(["--runtime=60", &filename]).current_dir(std::env::temp_dir()));
+        wait_for("requests", || machine.status().unwrap().requests_in_flight > 0);
+        let socket = machine.run.target_control(machine.config.volume);
+        let asked =
+            thread::spawn(move || call::<_, TargetAnswer>(&socket, &TargetRequest::Detach { force: true }, Duration::from_secs(60)));
+        thread::sleep(Duration::from_millis(round * 4));
+        machine.kill();
+        // It may have been done by then.
+        _ = asked.join().unwrap();
+        machine.start();
+        wait_for("a status", || machine.status().is_some());
+        machine.detach_by_force();
+        assert!(!load.wait().unwrap().success(), "openers get errors");
+    }
 }
 
 /// A primary elsewhere that takes the volume over and does nothing with it.
