@@ -2,6 +2,7 @@
 
 mod boot;
 mod doctor;
+mod evict;
 mod expand;
 mod node;
 mod random;
@@ -51,6 +52,11 @@ pub fn items() -> Vec<Item> {
             name: "expand-full",
             promise: "a store without room: refused with the sizes, the volume goes on at its old size, and grows when there is room",
             run: expand::no_room,
+        },
+        Item {
+            name: "evict",
+            promise: "a store is emptied under fio verify, whatever dies meanwhile: a replica goes when the new one counts, no error",
+            run: evict::emptied,
         },
         Item {
             name: "records-full",
