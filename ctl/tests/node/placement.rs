@@ -167,6 +167,29 @@ fn a_lost_replica_leaves_a_store_that_is_emptied_at_once_and_a_deleted_volume_en
 }
 
 #[test]
+fn a_store_takes_no_more_than_its_limit_and_warns_before() {
+    let node = Node::new(1);
+    let path = node.store_path(0).to_str().unwrap().to_owned();
+    let capacity = node.carrick(&["store", "show", &path]).ok()["usage"]["capacity_bytes"].as_u64().unwrap();
+    let quarter = (capacity / 4).to_string();
+    node.carrick(&["volume", "create", "vm1", "--size", &quarter, "--replicas", "1"]).ok();
+    for (wrong, field) in [("0", "limit_percent"), ("101", "limit_percent")] {
+        let message = node.carrick(&["store", "set", &path, "--limit", wrong]).fails(2, "INVALID_FIELD");
+        assert!(message.contains("1 to 100"), "{field}: {message}");
+    }
+    let set = node.carrick(&["store", "set", &path, "--limit", "40", "--warn", "20"]).ok();
+    assert_eq!((&set["limit_percent"], &set["warning_percent"]), (&40.into(), &20.into()), "{set}");
+    assert!(set["warning"].as_str().unwrap().contains("the warning mark is 20 %"), "{set}");
+    assert!(node.carrick(&["status"]).ok()["problems"].to_string().contains("the warning mark is 20 %"));
+    // What is there stays; more is refused.
+    node.carrick(&["volume", "expand", "vm1", &(capacity / 2 / 4096 * 4096).to_string()]).fails(6, "NO_SPACE");
+    node.carrick(&["volume", "create", "vm2", "--size", &quarter, "--replicas", "1"]).fails(6, "NO_SPACE");
+    node.carrick(&["store", "set", &path, "--limit", "100", "--warn", "90"]).ok();
+    assert_eq!(node.carrick(&["store", "show", &path]).ok()["warning"], Value::Null);
+    node.carrick(&["volume", "create", "vm2", "--size", &quarter, "--replicas", "1"]).ok();
+}
+
+#[test]
 fn a_node_refuses_what_it_is_told_to_and_gives_up_what_nobody_uses() {
     let mut node = Node::new(3);
     attached(&node);

@@ -132,6 +132,17 @@ pub enum StoreCommand {
         #[arg(long)]
         wait: bool,
     },
+    /// Say how full a store may become
+    Set {
+        /// Its id, the beginning of that, or its path
+        store: String,
+        /// So much of it may be used by, and promised to, replicas that come or grow [at first: 100]
+        #[arg(long, value_name = "PERCENT", required_unless_present = "warn")]
+        limit: Option<u32>,
+        /// From so much on carrick status warns [at first: 85]
+        #[arg(long, value_name = "PERCENT")]
+        warn: Option<u32>,
+    },
     /// Stop using a store that has no replicas; its files stay
     Remove {
         /// Its id, the beginning of that, or its path

@@ -131,6 +131,11 @@ async fn store(client: &Client, output: &Output, command: StoreCommand) -> Resul
             let found = if wait { wait_until_empty(client, output, found.id).await? } else { found };
             output.show(&found, words::store)
         }
+        StoreCommand::Set { store, limit, warn } => {
+            let request = v1::SetStoreRequest { store, placement: None, limit_percent: limit, warning_percent: warn };
+            let answer = stores.set_store(change(request)).await?.into_inner();
+            output.show(&answer.store.unwrap_or_default(), words::store)
+        }
         StoreCommand::Remove { store } => {
             let answer = stores.remove_store(change(v1::RemoveStoreRequest { store })).await?.into_inner();
             output.show(&answer, |_| String::new())
@@ -140,7 +145,7 @@ async fn store(client: &Client, output: &Output, command: StoreCommand) -> Resul
 
 /// Says whether replicas come to a store.
 async fn place(client: &Client, store: String, placement: v1::StorePlacement) -> Result<v1::Store, Problem> {
-    let request = v1::SetStoreRequest { store, placement: Some(placement.into()) };
+    let request = v1::SetStoreRequest { store, placement: Some(placement.into()), ..v1::SetStoreRequest::default() };
     Ok(client.stores().set_store(change(request)).await?.into_inner().store.unwrap_or_default())
 }
 

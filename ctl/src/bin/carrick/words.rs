@@ -38,7 +38,7 @@ pub fn stores(stores: &[Store]) -> String {
             store.usage.map_or(NONE.into(), |usage| HumanSize(available(&usage)).to_string()),
             store.usage.map_or(NONE.into(), |usage| HumanSize(usage.capacity_bytes).to_string()),
             store.volumes.len().to_string(),
-            store.problem.clone().unwrap_or_default(),
+            store.problem.as_ref().or(store.warning.as_ref()).cloned().unwrap_or_default(),
         ]);
     }
     table.to_string()
@@ -90,7 +90,9 @@ pub fn store(store: &Store) -> String {
     if let Some(scrub) = &store.scrub {
         line("scrub", &scrub_state(scrub));
     }
+    line("limit", &format!("{} % may be taken; warns from {} % on", store.limit_percent, store.warning_percent));
     line("poisoned", store.poisoned.as_deref().unwrap_or("no"));
+    store.warning.as_deref().into_iter().for_each(|warning| line("warning", warning));
     store.problem.as_deref().into_iter().for_each(|problem| line("problem", problem));
     text
 }

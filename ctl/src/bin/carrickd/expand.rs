@@ -153,7 +153,7 @@ async fn look(context: &Context, state: &State, volume: &VolumeRecord, to: Volum
         let known = status.replicas.iter().find(|report| report.spec.volume == volume.id);
         let has = known.map_or(volume.size, |report| report.spec.size);
         let more = to.bytes().get().saturating_sub(has.bytes().get());
-        let available = status.usage.available().get();
+        let available = state.stores.get(store).map_or(0, |record| record.room(&status.usage).get());
         if more > available {
             let message = format!(
                 "no room in store {}: volume {name} needs {} more, {} are available; free some, or move the replica to another store",

@@ -1,11 +1,12 @@
 //! What may come to this node and to its stores, and emptying them. The stores' replicas are moved by the node's loop, one volume after
 //! the other (see `moves`).
 
+use carrick_backing_store::StoreId;
 use carrick_ctl::fault::{Fault, Reason};
 
 use crate::attach;
 use crate::context::Context;
-use crate::metadata::{Mutation, NodeRecord, Placement, State, StoreRecord};
+use crate::metadata::{Mutation, NodeRecord, Percent, Placement, State, StoreRecord};
 use crate::observed::Event;
 use crate::stores;
 
@@ -60,13 +61,38 @@ pub async fn drain(context: &Context) -> Result<Drained, Fault> {
     Ok(drained)
 }
 
-/// Changes what becomes of a store's replicas, those to come and those that are there.
-pub async fn set_store(context: &Context, text: &str, placement: Placement) -> Result<carrick_backing_store::StoreId, Fault> {
+/// What is to change of a store; what isn't given stays.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StoreChanges {
+    /// What becomes of replicas, those to come and those that are there.
+    pub placement: Option<Placement>,
+    /// So much of it may be taken.
+    pub limit: Option<u32>,
+    /// From so much on it is told.
+    pub warning: Option<u32>,
+}
+
+impl StoreChanges {
+    /// The record after them.
+    fn apply(self, record: &StoreRecord) -> Result<StoreRecord, Fault> {
+        let percent = |field: &str, given: Option<u32>, known: Percent| match given {
+            None => Ok(known),
+            Some(given) => Percent::new(given).ok_or_else(|| Fault::invalid(field, format!("{given} % is not possible: it is 1 to 100"))),
+        };
+        let (limit, warning) =
+            (percent("limit_percent", self.limit, record.limit)?, percent("warning_percent", self.warning, record.warning)?);
+        Ok(StoreRecord { placement: self.placement.unwrap_or(record.placement), limit, warning, ..record.clone() })
+    }
+}
+
+/// Changes what may come to a store, and what becomes of what is there.
+pub async fn set_store(context: &Context, text: &str, changes: StoreChanges) -> Result<StoreId, Fault> {
     let _one_at_a_time = context.stores.lock().await;
     let state = context.state();
     let record = stores::resolve(&state, text)?;
-    if record.placement != placement {
-        context.apply(Mutation::PutStore(StoreRecord { placement, ..record.clone() })).await?;
+    let new = changes.apply(record)?;
+    if new != *record {
+        context.apply(Mutation::PutStore(new)).await?;
         // What waited for a store need wait no longer.
         for volume in state.volumes.keys() {
             context.node.send(Event::Anew(*volume)).await;

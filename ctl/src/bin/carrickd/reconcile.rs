@@ -233,14 +233,7 @@ mod tests {
         }
 
         fn store(mut self) -> Self {
-            let record = StoreRecord {
-                id: STORE,
-                path: "/srv/a".into(),
-                listen: None,
-                insecure: false,
-                added_unix: 0,
-                placement: Placement::Enabled,
-            };
+            let record = StoreRecord::new(STORE, "/srv/a".into(), None, false, 0);
             self.state.stores.insert(STORE, record);
             self
         }

@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status};
 use crate::context::Context;
 use crate::expand::DeviceGrowth;
 use crate::metadata::{Placement, State};
-use crate::placement::{self, NodeChanges};
+use crate::placement::{self, NodeChanges, StoreChanges};
 use crate::settings::Changes;
 use crate::stores::NewStore;
 use crate::view::View;
@@ -110,19 +110,17 @@ impl StoreService for Services {
     }
 
     async fn set_store(&self, request: Request<v1::SetStoreRequest>) -> Result<Response<v1::SetStoreResponse>, Status> {
-        let v1::SetStoreRequest { store, placement } = request.into_inner();
+        let v1::SetStoreRequest { store, placement, limit_percent: limit, warning_percent: warning } = request.into_inner();
         let placement = placement.map(|placement| match v1::StorePlacement::try_from(placement) {
             Ok(v1::StorePlacement::Enabled) => Ok(Placement::Enabled),
             Ok(v1::StorePlacement::Disabled) => Ok(Placement::Disabled),
             Ok(v1::StorePlacement::Evicting) => Ok(Placement::Evicting),
             Ok(v1::StorePlacement::Unspecified) | Err(_) => Err(Fault::invalid("placement", format!("{placement} is no placement"))),
         });
-        if let Some(placement) = placement.transpose()? {
-            let store = store.clone();
-            self.change(move |context| async move { placement::set_store(&context, &store, placement).await }).await?;
-        }
-        let store = self.look(|view| stores::resolve(view.state, &store).map(|record| view.store(record))).await?;
-        Ok(Response::new(v1::SetStoreResponse { store: Some(store) }))
+        let changes = StoreChanges { placement: placement.transpose()?, limit, warning };
+        let id = self.change(move |context| async move { placement::set_store(&context, &store, changes).await }).await?;
+        let store = self.look(|view| view.state.stores.get(&id).map(|record| view.store(record))).await;
+        Ok(Response::new(v1::SetStoreResponse { store }))
     }
 
     async fn remove_store(&self, request: Request<v1::RemoveStoreRequest>) -> Result<Response<v1::RemoveStoreResponse>, Status> {

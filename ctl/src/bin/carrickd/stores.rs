@@ -10,6 +10,7 @@ use std::time::Duration;
 use carrick_backing_store::size::HumanSize;
 use carrick_backing_store::{ByteLength, StoreId};
 use carrick_ctl::fault::{Fault, Reason};
+use carrick_replicator::control::ReplicaProcessStatus;
 use serde::Deserialize;
 use tokio::process::Command;
 
@@ -100,7 +101,7 @@ pub async fn add(context: &Context, path: &str, new: NewStore) -> Result<StoreId
         let message = format!("the store in {} is added already, at {}", path.display(), known.path.display());
         return Err(Fault::new(Reason::StoreExists, known.id, message));
     }
-    let record = StoreRecord { id: identity.store, path, listen, insecure, added_unix: unix_now(), placement: Placement::Enabled };
+    let record = StoreRecord::new(identity.store, path, listen, insecure, unix_now());
     context.apply(Mutation::PutStore(record.clone())).await?;
     if let Err(fault) = wait_until_served(context, &record).await {
         context.apply_saying(Some(fault.message.clone()), Mutation::RemoveStore(record.id)).await?;
@@ -171,7 +172,8 @@ async fn with_most_room(context: &Context, state: &State) -> Vec<(ByteLength, St
     let enabled = state.stores.values().filter(|record| record.placement == Placement::Enabled).map(|record| record.id);
     let answers = survey::replicas(context, enabled).await.into_iter();
     let usable = answers.filter_map(|(id, status)| Some((id, status.ok().filter(|status| status.poisoned.is_none())?)));
-    let mut free: Vec<_> = usable.map(|(id, status)| (status.usage.available(), id)).collect();
+    let room = |(id, status): (StoreId, ReplicaProcessStatus)| Some((state.stores.get(&id)?.room(&status.usage), id));
+    let mut free: Vec<_> = usable.filter_map(room).collect();
     free.sort_unstable_by_key(|(free, id)| (std::cmp::Reverse(*free), *id));
     free
 }
@@ -307,7 +309,7 @@ mod tests {
         for number in [0x11, 0x12] {
             let id = StoreId::from_bytes([0xab, 0xcd, number, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
             let path = format!("/srv/{number}").into();
-            state.stores.insert(id, StoreRecord { id, path, listen: None, insecure: false, added_unix: 0, placement: Placement::Enabled });
+            state.stores.insert(id, StoreRecord::new(id, path, None, false, 0));
         }
         for good in ["/srv/17", "abcd11", "ABCD1100", "abcd1100-0000-0000-0000-000000000000"] {
             assert_eq!(resolve(&state, good).unwrap().path, Path::new("/srv/17"), "{good}");

@@ -60,6 +60,9 @@ impl View<'_> {
                 Placement::Evicting => v1::StorePlacement::Evicting,
             }
             .into(),
+            limit_percent: record.limit.get().into(),
+            warning_percent: record.warning.get().into(),
+            warning: status.and_then(|status| record.warning(&status.usage)),
             leaving_volumes: self.state.volumes_leaving(record.id).map(|volume| volume.name.to_string()).collect(),
         }
     }
@@ -187,7 +190,7 @@ impl View<'_> {
     pub fn problems(&self) -> Vec<String> {
         let mut problems: Vec<_> = self.trouble.iter().map(|trouble| format!("records can't be written: {}", trouble.why)).collect();
         for store in self.stores() {
-            problems.extend(store.problem.map(|problem| format!("store {}: {problem}", store.path)));
+            problems.extend(store.problem.iter().chain(&store.warning).map(|problem| format!("store {}: {problem}", store.path)));
         }
         for volume in self.volumes() {
             let name = &volume.name;

@@ -22,7 +22,7 @@ use crate::attach;
 use crate::context::{Context, unix_now};
 use crate::control::{self, CallError};
 use crate::launch;
-use crate::metadata::{Mutation, State, VolumePhase, VolumeRecord};
+use crate::metadata::{Mutation, Percent, State, VolumePhase, VolumeRecord};
 use crate::moves;
 use crate::observed::ProcessId;
 use crate::operations;
@@ -185,9 +185,30 @@ async fn make_replicas(context: &Context, volume: &VolumeRecord) -> Result<(), F
 
 /// Makes a replica, unless it is there.
 pub async fn make_replica(context: &Context, spec: ReplicaSpec, store: StoreId) -> Result<(), Fault> {
+    check_limit(context, spec, store).await?;
     let request = ReplicaRequest::Create { spec };
     let made = control::replica(&context.run.replica_control(store), &request, control::CHANGE_LIMIT).await;
     made.map(drop).map_err(|error| replica_fault(context, store, error))
+}
+
+/// Whether a replica that isn't there may come, as far as the operator's limit goes. The store itself knows whether it has the room.
+async fn check_limit(context: &Context, spec: ReplicaSpec, store: StoreId) -> Result<(), Fault> {
+    let state = context.state();
+    let Some(record) = state.stores.get(&store).filter(|record| record.limit < Percent::ALL) else { return Ok(()) };
+    let status = control::replica_status(&context.run.replica_control(store)).await;
+    let status = status.map_err(|error| replica_fault(context, store, error))?;
+    let (needed, room) = (spec.size.bytes(), record.room(&status.usage));
+    if room >= needed || status.replicas.iter().any(|report| report.spec.volume == spec.volume) {
+        return Ok(());
+    }
+    let message = format!(
+        "no room in store {}: {} are needed, {} are left of the {} % that may be taken (carrick store set --limit)",
+        record.path.display(),
+        HumanSize(needed.get()),
+        HumanSize(room.get()),
+        record.limit.get()
+    );
+    Err(Fault::new(Reason::NoSpace, store, message))
 }
 
 /// Deletes a replica, if it is there and its store answers. Returns whether it is gone.

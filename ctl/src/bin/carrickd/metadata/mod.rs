@@ -38,7 +38,8 @@ use tokio::sync::watch;
 pub use events::{EventKind, EventLog, EventNumber, EventRecord, LogChanges, NewEvent, Subject, SubjectId};
 pub use operations::{ENDED_MAX, ExpandStep, KEY_MAX, MoveStep, OperationId, OperationRecord, OperationState, Outcome, Task};
 pub use records::{
-    AttachmentPhase, AttachmentRecord, FORMAT, NodeRecord, Placement, SALVAGES_MAX, SalvageRecord, StoreRecord, VolumePhase, VolumeRecord,
+    AttachmentPhase, AttachmentRecord, FORMAT, NodeRecord, Percent, Placement, SALVAGES_MAX, SalvageRecord, StoreRecord, VolumePhase,
+    VolumeRecord,
 };
 pub use redb_store::RedbStore;
 pub use story::{Occasion, place, subject};

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use std::collections::BTreeMap;
 
-use carrick_backing_store::{ByteLength, StoreId, Term, VolumeId, VolumeSize};
+use carrick_backing_store::{ByteLength, StoreId, StoreUsage, Term, VolumeId, VolumeSize};
 use carrick_ctl::name::VolumeName;
 use carrick_replicator::control::{Map, VolumeConfig};
 use carrick_replicator::engine::{Attachment, ConfigVersion};
@@ -51,6 +51,49 @@ impl Placement {
     }
 }
 
+/// Of a store's capacity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Percent(u8);
+
+impl Percent {
+    /// All of it.
+    pub const ALL: Self = Self(100);
+    /// Where a warning is due unless somebody says otherwise: with the largest volumes still time to add a disk.
+    pub const WARNING: Self = Self(85);
+
+    /// 1 to 100.
+    pub const fn new(percent: u32) -> Option<Self> {
+        if percent >= 1 && percent <= 100 { Some(Self(percent as u8)) } else { None }
+    }
+
+    /// As a number.
+    pub const fn get(self) -> u8 {
+        self.0
+    }
+
+    /// So much of it.
+    pub fn of(self, whole: ByteLength) -> ByteLength {
+        ByteLength::new(u64::try_from(u128::from(whole.get()) * u128::from(self.0) / 100).unwrap_or(u64::MAX))
+    }
+
+    fn is_all(&self) -> bool {
+        *self == Self::ALL
+    }
+
+    fn is_warning(&self) -> bool {
+        *self == Self::WARNING
+    }
+
+    const fn all() -> Self {
+        Self::ALL
+    }
+
+    const fn warning() -> Self {
+        Self::WARNING
+    }
+}
+
 /// A store of this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -68,6 +111,38 @@ pub struct StoreRecord {
     /// Whether replicas come to it.
     #[serde(default, skip_serializing_if = "Placement::is_enabled")]
     pub placement: Placement,
+    /// So much of it may be used by, and promised to, replicas that come or grow.
+    #[serde(default = "Percent::all", skip_serializing_if = "Percent::is_all")]
+    pub limit: Percent,
+    /// From so much on it is told.
+    #[serde(default = "Percent::warning", skip_serializing_if = "Percent::is_warning")]
+    pub warning: Percent,
+}
+
+impl StoreRecord {
+    /// One that is added.
+    pub fn new(id: StoreId, path: PathBuf, listen: Option<SocketAddr>, insecure: bool, added_unix: u64) -> Self {
+        let (limit, warning) = (Percent::ALL, Percent::WARNING);
+        Self { id, path, listen, insecure, added_unix, placement: Placement::Enabled, limit, warning }
+    }
+
+    /// What replicas that come or grow may still have of it.
+    pub fn room(&self, usage: &StoreUsage) -> ByteLength {
+        let allowed = self.limit.of(usage.capacity).get();
+        ByteLength::new(allowed.saturating_sub(taken(usage).get())).min(usage.available())
+    }
+
+    /// That it is nearly full, in words.
+    pub fn warning(&self, usage: &StoreUsage) -> Option<String> {
+        let percent = u128::from(taken(usage).get()) * 100 / u128::from(usage.capacity.get().max(1));
+        let Percent(mark) = self.warning;
+        (percent >= u128::from(mark)).then(|| format!("{percent} % of it are used or promised: the warning mark is {mark} %"))
+    }
+}
+
+/// What is used or promised.
+fn taken(usage: &StoreUsage) -> ByteLength {
+    ByteLength::new(usage.capacity.get().saturating_sub(usage.available().get()))
 }
 
 /// A volume.

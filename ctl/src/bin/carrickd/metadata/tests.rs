@@ -51,14 +51,8 @@ impl MetadataStore for MemoryStore {
 }
 
 pub fn store(number: u8) -> StoreRecord {
-    StoreRecord {
-        id: StoreId::from_bytes([number; 16]),
-        path: format!("/srv/store{number}").into(),
-        listen: (number == 3).then(|| "192.0.2.1:7100".parse().unwrap()),
-        insecure: number == 3,
-        added_unix: 1_700_000_000,
-        placement: Placement::Enabled,
-    }
+    let listen = (number == 3).then(|| "192.0.2.1:7100".parse().unwrap());
+    StoreRecord::new(StoreId::from_bytes([number; 16]), format!("/srv/store{number}").into(), listen, number == 3, 1_700_000_000)
 }
 
 pub fn volume(number: u8, name: &str, stores: &[u8]) -> VolumeRecord {
@@ -293,6 +287,21 @@ async fn all_rules_of_replacements_hold(metadata: &dyn MetadataStore) {
     assert_eq!(now().leaving, [store(2), store(3)], "what was to be deleted there is gone with it");
     metadata.apply(Mutation::RemoveVolume(id)).await.unwrap();
     metadata.apply(Mutation::RemoveStore(store(4))).await.unwrap();
+}
+
+#[test]
+fn a_store_has_room_up_to_its_limit_and_warns_before() {
+    let usage = carrick_backing_store::StoreUsage {
+        capacity: ByteLength::new(1000),
+        free: ByteLength::new(500),
+        reserved: ByteLength::new(200),
+        ..Default::default()
+    };
+    let room = |percent| StoreRecord { limit: Percent::new(percent).unwrap(), ..store(1) }.room(&usage).get();
+    assert_eq!([100, 90, 71, 70, 1].map(room), [300, 200, 10, 0, 0], "700 of 1000 are taken");
+    let warns = |percent| StoreRecord { warning: Percent::new(percent).unwrap(), ..store(1) }.warning(&usage).is_some();
+    assert_eq!([100, 71, 70, 1].map(warns), [false, false, true, true]);
+    assert_eq!([0, 101, 300].map(Percent::new), [None; 3]);
 }
 
 #[tokio::test]
