@@ -3,6 +3,14 @@
 //! A Unix stream socket, mode 0600. Each request and each answer is one line of JSON, at most [`LINE_MAX`] bytes with its
 //! newline. A connection may carry many requests, one after the other. Whoever connects learns the process id from
 //! `SO_PEERCRED`, which is how a restarted `carrickd` adopts what runs.
+//!
+//! Both ends may be of neighbouring releases, in either direction: while a node is upgraded they are. So
+//! * a field that is unknown is ignored, in requests, answers and [`TargetConfig`];
+//! * a new field has a default that means what was so before it;
+//! * what must not be ignored is a new request, which an older process refuses, and goes on;
+//! * a new word of an enumeration is sent by the release after the one that understands it.
+//!
+//! `tests/versions.rs` reads what the last release wrote.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -22,7 +30,7 @@ pub const LINE_MAX: u64 = 1 << 20;
 
 /// What a running `carrick-replica` is asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(tag = "op", rename_all = "kebab-case")]
 pub enum ReplicaRequest {
     /// How are you, and what is in the store?
     Status,
@@ -122,7 +130,7 @@ pub struct ReplicaReport {
 
 /// What a running `carrick-target` is asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(tag = "op", rename_all = "kebab-case")]
 pub enum TargetRequest {
     /// How are you?
     Status,
@@ -308,7 +316,6 @@ pub enum ControlErrorCode {
 
 /// What `carrick-target` is told at its start, as a JSON file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct TargetConfig {
     /// The volume.
     pub volume: VolumeId,
@@ -368,7 +375,6 @@ impl Map {
 
 /// Which of a volume's replicas count: what the metadata store keeps, in one record that only a compare-and-swap changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct VolumeConfig {
     /// Each change makes the next.
     pub version: ConfigVersion,
@@ -383,7 +389,7 @@ pub struct VolumeConfig {
 
 /// What a target asks `carrickd`, on the socket that [`TargetConfig::records`] names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(tag = "op", rename_all = "kebab-case")]
 pub enum RecordsRequest {
     /// What does the record say?
     Read {
@@ -411,7 +417,6 @@ pub enum RecordsAnswer {
 
 /// Where one replica is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ReplicaAddress {
     /// In which store.
     pub store: StoreId,
@@ -538,12 +543,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requests_are_lines_that_refuse_unknown_fields() {
+    fn requests_are_lines_and_those_of_a_newer_release_are_refused_as_a_whole_or_understood() {
         let mut line = Vec::new();
         write_line(&mut line, &TargetRequest::Detach { force: true }).unwrap();
         assert_eq!(line, b"{\"op\":\"detach\",\"force\":true}\n");
         assert_eq!(read_line::<TargetRequest>(&mut &line[..]).unwrap(), Some(TargetRequest::Detach { force: true }));
-        assert!(read_line::<TargetRequest>(&mut &b"{\"op\":\"detach\",\"force\":true,\"x\":1}\n"[..]).is_err());
+        let newer = &b"{\"op\":\"detach\",\"force\":true,\"x\":1}\n{\"op\":\"status\",\"x\":1}\n{\"op\":\"x\"}\n{\"op\":\"status\"}\n"[..];
+        let mut newer = BufReader::new(newer);
+        assert_eq!(read_line::<TargetRequest>(&mut newer).unwrap(), Some(TargetRequest::Detach { force: true }));
+        assert_eq!(read_line::<TargetRequest>(&mut newer).unwrap(), Some(TargetRequest::Status));
+        assert_eq!(read_line::<TargetRequest>(&mut newer).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(read_line::<TargetRequest>(&mut newer).unwrap(), Some(TargetRequest::Status), "the next one is read");
         assert!(read_line::<TargetRequest>(&mut &b"{\"op\":\"status\"}"[..]).is_err(), "cut off");
         assert_eq!(read_line::<TargetRequest>(&mut &b""[..]).unwrap(), None);
     }

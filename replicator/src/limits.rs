@@ -42,7 +42,7 @@ pub const BANDWIDTH_MAX: ByteLength = ByteLength::new(1 << 40);
 
 /// Limits of one volume's requests. Those above wait; none fails.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 pub struct Limits {
     /// Most requests a second. A flush is none.
     #[serde(skip_serializing_if = "Option::is_none")]
