@@ -118,6 +118,10 @@ reasons! {
     NodeDisabled = "NODE_DISABLED", FailedPrecondition, Precondition;
     /// The folder is neither empty nor a store, or the store can't be opened.
     StoreUnusable = "STORE_UNUSABLE", FailedPrecondition, Precondition;
+    /// A program is not there, or carrickd itself is of an older one.
+    ProgramsUnusable = "PROGRAMS_UNUSABLE", FailedPrecondition, Precondition;
+    /// An upgrade waits for something that doesn't come; only the command itself says this.
+    UpgradeWaits = "UPGRADE_WAITS", Unavailable, Unreachable;
     /// A store has no room.
     NoSpace = "NO_SPACE", ResourceExhausted, NoSpace;
     /// The process of a store doesn't answer.

@@ -105,13 +105,15 @@ fn what_a_target_is_told_at_its_start() {
             address(Endpoint::Unix("/run/carrick/replica/a.sock".into())),
             address(Endpoint::Tcp("192.0.2.1:7100".parse().unwrap())),
         ],
+        retiring: vec![STORE],
         rebuild_rate: Some(ByteLength::new(50 << 20)),
         limits: limits(),
         records: Some("/run/carrick/records.sock".into()),
         attachment: Attachment::new(3),
         map: Map::Always,
     };
-    let least = TargetConfig { rebuild_rate: None, limits: Limits::default(), records: None, map: Map::Auto, ..full.clone() };
+    let least =
+        TargetConfig { retiring: Vec::new(), rebuild_rate: None, limits: Limits::default(), records: None, map: Map::Auto, ..full.clone() };
     understands("target-config", &[full, least]);
 }
 

@@ -11,6 +11,8 @@ mod placement;
 mod replicas;
 #[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
 mod support;
+#[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
+mod upgrade;
 
 use std::fs;
 

@@ -72,6 +72,18 @@ impl Node {
         node
     }
 
+    /// Puts a new file in the place of a program, as a package does.
+    pub fn install(&self, name: &str) {
+        self.install_file(name, &stand_in());
+    }
+
+    /// The same, with other content.
+    pub fn install_file(&self, name: &str, content: &Path) {
+        let new = self.path("bin").join("new");
+        fs::copy(content, &new).unwrap();
+        fs::rename(new, self.path("bin").join(name)).unwrap();
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }

@@ -7,6 +7,7 @@ mod expand;
 mod node;
 mod random;
 mod records;
+mod upgrade;
 
 use crate::report::Item;
 
@@ -77,6 +78,12 @@ pub fn items() -> Vec<Item> {
             name: "node-killed",
             promise: "every process of the node killed at once under load, then carrickd started: fio verify goes on without an error",
             run: node::all_killed,
+        },
+        Item {
+            name: "upgrade",
+            promise: "the programs are replaced under load, and so is every process, also if carrickd is killed meanwhile: no error, and all replicas \
+                      are byte-identical afterwards",
+            run: upgrade::upgrade,
         },
         Item {
             name: "random",

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::events::Events;
 use crate::settings::Setting;
+use crate::upgrade::Upgrade;
 
 /// Printed below the help: scripts rely on it.
 const EXIT_CODES: &str = "\
@@ -161,6 +162,8 @@ pub enum NodeCommand {
     Disable(Kinds),
     /// Let nothing come any more, and detach the volumes that nobody uses
     Drain,
+    /// Replace the running processes whose programs on disk are newer, one at a time, while the volumes are used
+    Upgrade(Upgrade),
 }
 
 /// What may come to a node. If neither is given, both are meant.

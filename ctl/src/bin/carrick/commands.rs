@@ -17,6 +17,7 @@ use crate::doctor;
 use crate::events::{self, Events};
 use crate::report::Problem;
 use crate::settings;
+use crate::upgrade::{self, Upgrade};
 use crate::words;
 
 /// For the daemon to be gone after it said that everything is shut down.
@@ -189,8 +190,21 @@ async fn node(client: &Client, output: &Output, command: NodeCommand) -> Result<
             let message = format!("{} volumes are still attached; {}: {}", answer.in_use.len(), first.volume, first.reason);
             return Err(Fault::new(Reason::DeviceBusy, &first.volume, message).into());
         }
+        NodeCommand::Upgrade(arguments) => return upgrade(client, output, &arguments).await,
     };
     output.show(&found.unwrap_or_default(), words::node)
+}
+
+async fn upgrade(client: &Client, output: &Output, arguments: &Upgrade) -> Result<(), Problem> {
+    let request = v1::UpgradeNodeRequest { dry_run: arguments.dry_run };
+    let answer = client.node().upgrade_node(change(request)).await?.into_inner();
+    let status = client.node().get_status(question(v1::GetStatusRequest {})).await?.into_inner();
+    output.show(&answer, |answer| words::upgrade(answer, &status))?;
+    if !arguments.wait {
+        return Ok(());
+    }
+    let tell = |progress: &str| if output.json { Ok(()) } else { output.write(format!("{progress}\n")).map(drop) };
+    upgrade::wait(client.socket(), tell).await
 }
 
 async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Result<(), Problem> {

@@ -10,6 +10,7 @@ mod events;
 mod report;
 mod settings;
 mod table;
+mod upgrade;
 mod words;
 
 use std::process::ExitCode;

@@ -3,6 +3,7 @@
 mod events;
 mod node;
 mod operations;
+mod upgrade;
 
 use std::fmt::Write;
 use std::time::SystemTime;
@@ -10,7 +11,7 @@ use std::time::SystemTime;
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1::{
     Attachment, AttachmentState, GetStatusResponse, Process, ProcessKind, ProcessState, Replica, ReplicaState, Scrub, Store,
-    StorePlacement, StoreUsage, TargetPhase, Verification, Volume, VolumeState,
+    StorePlacement, StoreUsage, TargetPhase, Upgrade, Verification, Volume, VolumeState,
 };
 
 use crate::table::Table;
@@ -18,6 +19,7 @@ use crate::table::Table;
 pub use events::{event_line, events};
 pub use node::{drained, eviction, node};
 pub use operations::{expansion, explanation, operation, operation_line, operations};
+pub use upgrade::upgrade;
 
 /// What a cell without content shows.
 const NONE: &str = "-";
@@ -250,6 +252,10 @@ pub fn status(status: &GetStatusResponse) -> String {
     if !status.processes.is_empty() {
         let _ = writeln!(text, "{}", processes(status));
     }
+    if let Some(Upgrade { left, waiting_for, .. }) = &status.upgrade {
+        let why = waiting_for.as_ref().map_or(String::new(), |why| format!("; waits: {why}"));
+        let _ = writeln!(text, "is being upgraded: {left} processes are still to be replaced{why}");
+    }
     if status.problems.is_empty() {
         let _ = writeln!(text, "all is well");
     }
@@ -260,22 +266,33 @@ pub fn status(status: &GetStatusResponse) -> String {
 }
 
 fn processes(status: &GetStatusResponse) -> Table {
-    let mut table = Table::new(["PROCESS", "OF", "STATE", "PID", "RESTARTS", ""]);
+    let mut table = Table::new(["PROCESS", "OF", "STATE", "PID", "VERSION", "RESTARTS", ""]);
     for process in &status.processes {
         table.row([
-            match process.kind() {
-                ProcessKind::Replica => "carrick-replica".into(),
-                ProcessKind::Target => "carrick-target".into(),
-                ProcessKind::Unspecified => NONE.into(),
-            },
+            program(process).into(),
             process_subject(status, process),
             process_state(process.state()).into(),
             process.pid.map_or(NONE.into(), |pid| pid.to_string()),
+            version(process),
             process.restarts.to_string(),
             process.problem.clone().unwrap_or_default(),
         ]);
     }
     table
+}
+
+fn program(process: &Process) -> &'static str {
+    match process.kind() {
+        ProcessKind::Replica => "carrick-replica",
+        ProcessKind::Target => "carrick-target",
+        ProcessKind::Unspecified => NONE,
+    }
+}
+
+/// Of which version it is, and whether another program is there by now.
+fn version(process: &Process) -> String {
+    let version = process.version.as_deref().unwrap_or(NONE);
+    if process.outdated { format!("{version} (outdated)") } else { version.to_owned() }
 }
 
 /// The store's path or the volume's name rather than an id.

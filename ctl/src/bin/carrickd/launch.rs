@@ -24,6 +24,7 @@ use crate::metadata::State;
 use crate::observed::{Event, Exit, ProcessId};
 use crate::pace;
 use crate::pidfd::{Ending, PidFd};
+use crate::programs;
 
 /// A process that doesn't answer so long after its start is reported as hung. A replica's journal is replayed in less.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
@@ -202,7 +203,7 @@ fn command(context: &Context, state: &State, id: ProcessId) -> Result<Command, E
     match id {
         ProcessId::Replica(store) => {
             let record = state.stores.get(&store).ok_or_else(gone)?;
-            let mut command = Command::new(context.bin_dir.join("carrick-replica"));
+            let mut command = Command::new(context.bin_dir.join(programs::name(id)));
             command.arg("serve").arg(&record.path).arg("--run-dir").arg(context.run.root());
             if let Some(listen) = record.listen {
                 command.arg("--listen").arg(listen.to_string());
@@ -218,7 +219,7 @@ fn command(context: &Context, state: &State, id: ProcessId) -> Result<Command, E
             write_atomically(&path, &config).map_err(|error| Exit::failed(format!("{}: {error}", path.display())))?;
             // Of an earlier life: it must not be taken for this one's.
             let _ = fs::remove_file(context.run.target_failure(volume));
-            let mut command = Command::new(context.bin_dir.join("carrick-target"));
+            let mut command = Command::new(context.bin_dir.join(programs::name(id)));
             command.arg("run").arg("--config").arg(&path).arg("--run-dir").arg(context.run.root());
             Ok(command)
         }

@@ -13,7 +13,7 @@ use crate::context::{Context, unix_now};
 use crate::observed::{Event, Observed, ProcessId};
 use crate::pidfd::PidFd;
 use crate::reconcile::{Action, Moment, Work, reconcile};
-use crate::{launch, lives, volumes};
+use crate::{launch, lives, upgrade, volumes};
 
 /// Events that wait for the loop at most. It takes microseconds for each; a sender would wait.
 const EVENTS_MAX: usize = 1024;
@@ -181,6 +181,14 @@ fn perform(context: &Arc<Context>, observed: &mut Observed, action: Action) {
             observed.processes.remove(&id);
             context.node.forget(id);
             launch::clean_up(&context.run, id);
+        }
+        Action::Upgrade => {
+            observed.on_upgrade();
+            let context = Arc::clone(context);
+            tokio::spawn(async move {
+                let waiting_for = upgrade::go_on(&context).await;
+                context.node.send(Event::Upgraded { waiting_for }).await;
+            });
         }
         Action::Work(volume, work) => {
             observed.on_work(volume);

@@ -18,6 +18,10 @@ pub const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
 pub const WORK_PAUSE_MIN: Duration = Duration::from_secs(1);
 /// Longest pause between two tries of unfinished work.
 pub const WORK_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// First pause before an upgrade is looked at again that waits for something; doubled up to [`UPGRADE_PAUSE_MAX`].
+pub const UPGRADE_PAUSE_MIN: Duration = Duration::from_millis(50);
+/// Longest such pause: a replica may be away for days.
+pub const UPGRADE_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// Pause before a process that refused to end is asked again.
 pub const STOP_PAUSE: Duration = Duration::from_secs(10);
 
@@ -179,6 +183,19 @@ pub enum WorkState {
     },
 }
 
+/// An upgrade of the node, which carrickd goes on with step by step.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UpgradeWork {
+    /// Whether a step is under way.
+    pub running: bool,
+    /// The next one not before.
+    pub until: Option<Instant>,
+    /// How often in a row there was only to wait.
+    pub waits: u32,
+    /// For what, in words.
+    pub waiting_for: Option<String>,
+}
+
 /// What was observed on this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
@@ -186,6 +203,8 @@ pub struct Observed {
     pub processes: BTreeMap<ProcessId, Process>,
     /// Unfinished work that is under way or paused.
     pub work: BTreeMap<VolumeId, WorkState>,
+    /// The upgrade that is asked for, if one is.
+    pub upgrade: UpgradeWork,
     /// Volumes that a caller's operation is working on: it does what is to do.
     pub busy: BTreeSet<VolumeName>,
     /// Everything is to end.
@@ -241,6 +260,11 @@ pub enum Event {
     },
     /// Somebody has asked for other work on a volume: how the former failed doesn't count for it.
     Anew(VolumeId),
+    /// A step of the upgrade is done, or there is something to wait for.
+    Upgraded {
+        /// What, in words.
+        waiting_for: Option<String>,
+    },
     /// Everything is to end (or no longer).
     Stopping(bool),
 }
@@ -259,7 +283,7 @@ impl Event {
             | Self::EndAnswered { process, .. }
             | Self::Ended { process, .. }
             | Self::Refused(process) => Some(*process),
-            Self::Worked { .. } | Self::Anew(_) | Self::Stopping(_) => None,
+            Self::Worked { .. } | Self::Anew(_) | Self::Upgraded { .. } | Self::Stopping(_) => None,
         }
     }
 }
@@ -327,6 +351,12 @@ impl Observed {
                 let until = now + doubled(WORK_PAUSE_MIN, failures - 1, WORK_PAUSE_MAX);
                 self.work.insert(volume, WorkState::Paused { failures, until });
             }
+            Event::Upgraded { waiting_for: None } => self.upgrade = UpgradeWork::default(),
+            Event::Upgraded { waiting_for } => {
+                let waits = self.upgrade.waits.saturating_add(1);
+                let until = Some(now + doubled(UPGRADE_PAUSE_MIN, waits - 1, UPGRADE_PAUSE_MAX));
+                self.upgrade = UpgradeWork { running: false, until, waits, waiting_for };
+            }
             Event::Stopping(stopping) => self.stopping = stopping,
         }
     }
@@ -357,8 +387,14 @@ impl Observed {
         self.work.insert(volume, WorkState::Running { failures });
     }
 
+    /// A step of the upgrade is under way.
+    pub fn on_upgrade(&mut self) {
+        self.upgrade.running = true;
+    }
+
     /// Work that failed may have waited for this process: it needn't wait any longer.
     fn on_answering(&mut self, id: ProcessId, now: Instant) {
+        self.upgrade.until = self.upgrade.until.map(|until| now.min(until));
         for (volume, work) in &mut self.work {
             let may_concern = matches!(id, ProcessId::Replica(_)) || id == ProcessId::Target(*volume);
             if let WorkState::Paused { until, .. } = work
@@ -373,7 +409,7 @@ impl Observed {
         let entry = self.process(id);
         let asked = entry.request == EndRequest::Granted || matches!(entry.state, ProcessState::Stopping { .. });
         let stable = matches!(entry.state, ProcessState::Alive { since, .. } if now.duration_since(since) >= STABLE_AFTER);
-        entry.quick_deaths = if stable || asked { 0 } else { entry.quick_deaths.saturating_add(1) };
+        entry.quick_deaths = if stable || asked || entry.killed { 0 } else { entry.quick_deaths.saturating_add(1) };
         let pause = match entry.quick_deaths {
             0 | 1 => Duration::ZERO,
             deaths => doubled(RESTART_PAUSE_MIN, deaths - 2, RESTART_PAUSE_MAX),
@@ -472,6 +508,33 @@ mod tests {
             assert_eq!(process.request, EndRequest::None);
             assert_eq!(process.last_exit == Some(Exit::Asked), granted);
         }
+    }
+
+    #[test]
+    fn one_that_carrickd_kills_to_start_another_is_started_at_once() {
+        let now = Instant::now();
+        let mut observed = Observed::default();
+        for _ in 0..3 {
+            observed.on_event(Event::Alive { process: PROCESS, pid: 1, adopted: false }, now);
+            observed.on_event(Event::Killed(PROCESS), now);
+            observed.on_event(died(), now);
+            assert_eq!(pause(&observed, now), Duration::ZERO);
+        }
+    }
+
+    #[test]
+    fn an_upgrade_that_waits_is_looked_at_less_and_less_often() {
+        let now = Instant::now();
+        let mut observed = Observed::default();
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            observed.on_upgrade();
+            observed.on_event(Event::Upgraded { waiting_for: Some("a replica".into()) }, now);
+            pauses.push(observed.upgrade.until.unwrap().duration_since(now).as_millis());
+        }
+        assert_eq!(pauses, [50, 100, 200, 400, 800, 1600, 2000, 2000]);
+        observed.on_event(Event::Upgraded { waiting_for: None }, now);
+        assert_eq!(observed.upgrade, UpgradeWork::default());
     }
 
     #[test]

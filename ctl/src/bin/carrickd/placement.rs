@@ -26,6 +26,7 @@ pub async fn set_node(context: &Context, changes: NodeChanges) -> Result<(), Fau
     let after = NodeRecord {
         refuses_targets: changes.targets.map_or(before.refuses_targets, |takes| !takes),
         refuses_replicas: changes.replicas.map_or(before.refuses_replicas, |takes| !takes),
+        upgrade: before.upgrade.clone(),
     };
     if after != before {
         tracing::info!(?after, "what may come to this node has changed");

@@ -16,6 +16,7 @@
 //! | volume with a replica joining or leaving, its store answers | | make or delete that replica |
 //! | an operation runs, nobody works on its volume | | go on with it |
 //! | ready volume with a replica in a store that is being emptied | | begin to move it |
+//! | an upgrade is asked for, nobody does a step of it | | do the next one |
 //! | attached volume, a replica hasn't counted for `replace_after` | | replace it |
 
 use std::collections::BTreeSet;
@@ -60,6 +61,8 @@ pub enum Action {
     Forget(ProcessId),
     /// Go on with a volume.
     Work(VolumeId, Work),
+    /// Do the next step of the upgrade.
+    Upgrade,
 }
 
 /// What to do, and when to think again if nothing happens before.
@@ -109,6 +112,9 @@ pub fn reconcile(state: &State, observed: &Observed, moment: Moment) -> Plan {
         }
     }
     if !observed.stopping {
+        if state.node.upgrade.is_some() && !observed.upgrade.running {
+            plan.at(observed.upgrade.until.unwrap_or(now), now, Action::Upgrade);
+        }
         for volume in state.volumes.values().filter(|volume| !observed.busy.contains(&volume.name)) {
             let work = work_on(state, observed, volume).map(|work| (now, work));
             if let Some((due, work)) = work.or_else(|| replacement(state, volume, moment)) {
@@ -211,8 +217,8 @@ mod tests {
     use carrick_replicator::limits::Limits;
 
     use super::*;
-    use crate::metadata::{AttachmentRecord, Mutation, OperationRecord, StoreRecord};
-    use crate::observed::{Event, STOP_PAUSE};
+    use crate::metadata::{AttachmentRecord, Mutation, OperationRecord, StoreRecord, UpgradeRecord};
+    use crate::observed::{Event, STOP_PAUSE, UPGRADE_PAUSE_MIN};
 
     const STORE: StoreId = StoreId::from_bytes([1; 16]);
     const VOLUME: VolumeId = VolumeId::from_bytes([5; 16]);
@@ -357,6 +363,28 @@ mod tests {
     fn what_refuses_to_end_is_asked_again_later() {
         let node = Node::new().answering(TARGET).change(|o| o.on_stop(TARGET)).event(Event::Refused(TARGET));
         assert_eq!(node.plan(), Plan { actions: vec![], wake_at: Some(node.now + STOP_PAUSE) });
+    }
+
+    #[test]
+    fn an_upgrade_goes_on_step_by_step_as_long_as_it_is_asked_for() {
+        let node = || {
+            let mut node = Node::new();
+            let upgrade = Some(UpgradeRecord { since_unix: UNIX });
+            node.state.apply(&Mutation::SetUpgrade(upgrade)).unwrap();
+            node
+        };
+        node().does(&[Action::Upgrade]);
+        node().stopping().does(&[]);
+        let at_work = || node().change(Observed::on_upgrade);
+        at_work().does(&[]);
+        at_work().event(Event::Upgraded { waiting_for: None }).does(&[Action::Upgrade]);
+        let waits = || at_work().event(Event::Upgraded { waiting_for: Some("a replica".into()) });
+        let paused = waits();
+        assert_eq!(paused.plan(), Plan { actions: vec![], wake_at: Some(paused.now + UPGRADE_PAUSE_MIN) });
+        // What it waits for may be this.
+        waits().answering(TARGET).does(&[Action::Stop(TARGET), Action::Upgrade]);
+        let done = Node { state: State::default(), ..waits() };
+        done.does(&[]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! An operation that changes something runs in a task of its own: a caller that goes away doesn't leave it half done.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ use crate::settings::Changes;
 use crate::stores::NewStore;
 use crate::view::View;
 use crate::volumes::{NewVolume, not_found, parse_name};
-use crate::{attach, events, expand, explain, moves, operations, salvage, settings, shutdown, stores, survey, verify, volumes};
+use crate::{attach, events, expand, explain, moves, operations, salvage, settings, shutdown, stores, survey, upgrade, verify, volumes};
 
 /// All services. Cheap to clone.
 #[derive(Clone)]
@@ -60,13 +60,7 @@ impl Services {
 
     /// Looks at everything, with all answers that can be had.
     async fn look<T>(&self, what: impl FnOnce(&View<'_>) -> T) -> T {
-        let state = self.context.state();
-        let (replicas, targets) = tokio::join!(
-            survey::replicas(&self.context, state.stores.keys().copied()),
-            survey::targets(&self.context, state.attachments.keys().copied())
-        );
-        let observed = self.context.node.observed();
-        what(&View { state: &state, trouble: self.context.metadata.trouble(), observed: &observed, replicas: &replicas, targets: &targets })
+        survey::look(&self.context, what).await
     }
 
     /// Looks at one volume only.
@@ -82,7 +76,8 @@ impl Services {
             survey::replicas(&self.context, record.replicas.iter().copied()).await
         };
         let observed = self.context.node.observed();
-        Ok(View { state, trouble: None, observed: &observed, replicas: &replicas, targets: &targets }.volume(record))
+        let outdated = BTreeSet::new();
+        Ok(View { state, trouble: None, observed: &observed, outdated: &outdated, replicas: &replicas, targets: &targets }.volume(record))
     }
 }
 
@@ -306,6 +301,7 @@ impl NodeService for Services {
                 volumes: view.volumes(),
                 problems: view.problems(),
                 rebuild_rate: context.rebuild_rate.map_or(0, |rate| rate.get()),
+                upgrade: view.upgrade(),
             })
             .await;
         Ok(Response::new(response))
@@ -328,6 +324,13 @@ impl NodeService for Services {
             detached_volumes: drained.detached,
             in_use: drained.left.into_iter().map(|(volume, reason)| v1::VolumeInUse { volume, reason }).collect(),
         }))
+    }
+
+    async fn upgrade_node(&self, request: Request<v1::UpgradeNodeRequest>) -> Result<Response<v1::UpgradeNodeResponse>, Status> {
+        let v1::UpgradeNodeRequest { dry_run } = request.into_inner();
+        let outlook = self.change(move |context| async move { upgrade::begin(&context, dry_run).await }).await?;
+        let processes = self.look(|view| view.processes_of(&outlook.processes)).await;
+        Ok(Response::new(v1::UpgradeNodeResponse { processes, pausing_volumes: outlook.pausing }))
     }
 
     async fn shutdown(&self, request: Request<v1::ShutdownRequest>) -> Result<Response<v1::ShutdownResponse>, Status> {

@@ -9,6 +9,25 @@ use tokio::task::JoinSet;
 use crate::context::Context;
 use crate::control::{self, CallError};
 use crate::observed::{Answers, Observed, Process, ProcessId, ProcessState};
+use crate::programs;
+use crate::view::View;
+
+/// Looks at everything, with all answers that can be had.
+pub async fn look<T>(context: &Context, what: impl FnOnce(&View<'_>) -> T) -> T {
+    let state = context.state();
+    let (replicas, targets) =
+        tokio::join!(self::replicas(context, state.stores.keys().copied()), self::targets(context, state.attachments.keys().copied()));
+    let observed = context.node.observed();
+    let outdated = programs::outdated(&context.bin_dir, &state, &observed);
+    what(&View {
+        state: &state,
+        trouble: context.metadata.trouble(),
+        observed: &observed,
+        outdated: &outdated,
+        replicas: &replicas,
+        targets: &targets,
+    })
+}
 
 /// An answer, or why there is none.
 pub type Answer<T> = Result<T, String>;

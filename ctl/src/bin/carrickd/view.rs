@@ -1,6 +1,6 @@
 //! Records and answers of processes, as the messages of `carrick.v1`. No I/O.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use carrick_backing_store::{StoreId, StoreUsage, VolumeId};
 use carrick_ctl::v1;
@@ -15,6 +15,9 @@ use crate::observed::{Answers, Observed, Process, ProcessId, ProcessState};
 use crate::operations;
 use crate::survey::Answer;
 
+/// An upgrade that had to wait so often in a row, over about five seconds, waits for more than the start of a process.
+const WAITS_MAX: u32 = 8;
+
 /// Everything that is known at one moment.
 pub struct View<'a> {
     /// What is wanted.
@@ -23,6 +26,8 @@ pub struct View<'a> {
     pub trouble: Option<Trouble>,
     /// What runs.
     pub observed: &'a Observed,
+    /// Which of these run another program than the one on disk.
+    pub outdated: &'a BTreeSet<ProcessId>,
     /// What the stores' processes say.
     pub replicas: &'a BTreeMap<StoreId, Answer<ReplicaProcessStatus>>,
     /// What the attached volumes' processes say.
@@ -168,27 +173,52 @@ impl View<'_> {
 
     /// The processes that carrickd looks after.
     pub fn processes(&self) -> Vec<v1::Process> {
-        let message = |(id, process): (&ProcessId, &Process)| {
-            let (kind, subject) = match id {
-                ProcessId::Replica(store) => (v1::ProcessKind::Replica, store.to_string()),
-                ProcessId::Target(volume) => (v1::ProcessKind::Target, volume.to_string()),
-            };
-            let ended = process.last_exit.as_ref().map(|exit| format!("before: {exit}"));
-            v1::Process {
-                kind: kind.into(),
-                subject,
-                state: process_state(Some(process)).into(),
-                pid: process.pid(),
-                restarts: process.restarts,
-                problem: if process.hangs() { Some("it runs but doesn't answer".into()) } else { ended },
+        self.observed.processes.iter().map(|(id, process)| self.process(*id, process)).collect()
+    }
+
+    /// One of them.
+    fn process(&self, id: ProcessId, process: &Process) -> v1::Process {
+        let (kind, subject, version) = match id {
+            ProcessId::Replica(store) => {
+                let status = self.replicas.get(&store).and_then(|answer| answer.as_ref().ok());
+                (v1::ProcessKind::Replica, store.to_string(), status.map(|status| status.version.clone()))
+            }
+            ProcessId::Target(volume) => {
+                let status = self.targets.get(&volume).and_then(|answer| answer.as_ref().ok());
+                (v1::ProcessKind::Target, volume.to_string(), status.map(|status| status.version.clone()))
             }
         };
-        self.observed.processes.iter().map(message).collect()
+        let ended = process.last_exit.as_ref().map(|exit| format!("before: {exit}"));
+        v1::Process {
+            kind: kind.into(),
+            subject,
+            state: process_state(Some(process)).into(),
+            pid: process.pid(),
+            restarts: process.restarts,
+            problem: if process.hangs() { Some("it runs but doesn't answer".into()) } else { ended },
+            version,
+            outdated: self.outdated.contains(&id),
+        }
+    }
+
+    /// These of the processes, in this order.
+    pub fn processes_of(&self, ids: &[ProcessId]) -> Vec<v1::Process> {
+        ids.iter().filter_map(|id| Some(self.process(*id, self.observed.processes.get(id)?))).collect()
+    }
+
+    /// The upgrade that is under way.
+    pub fn upgrade(&self) -> Option<v1::Upgrade> {
+        let upgrade = self.state.node.upgrade.as_ref()?;
+        let left = u32::try_from(self.outdated.len()).unwrap_or(u32::MAX);
+        Some(v1::Upgrade { since_unix: upgrade.since_unix, left, waiting_for: self.observed.upgrade.waiting_for.clone() })
     }
 
     /// Everything that is not as it should be, in words.
     pub fn problems(&self) -> Vec<String> {
         let mut problems: Vec<_> = self.trouble.iter().map(|trouble| format!("records can't be written: {}", trouble.why)).collect();
+        let upgrade = &self.observed.upgrade;
+        let stuck = upgrade.waiting_for.as_ref().filter(|_| upgrade.waits >= WAITS_MAX);
+        problems.extend(stuck.map(|why| format!("the upgrade of this node waits: {why}")));
         for store in self.stores() {
             problems.extend(store.problem.iter().chain(&store.warning).map(|problem| format!("store {}: {problem}", store.path)));
         }

@@ -38,8 +38,8 @@ use tokio::sync::watch;
 pub use events::{EventKind, EventLog, EventNumber, EventRecord, LogChanges, NewEvent, Subject, SubjectId};
 pub use operations::{ENDED_MAX, ExpandStep, KEY_MAX, MoveStep, OperationId, OperationRecord, OperationState, Outcome, Task};
 pub use records::{
-    AttachmentPhase, AttachmentRecord, FORMAT, NodeRecord, Percent, Placement, SALVAGES_MAX, SalvageRecord, StoreRecord, VolumePhase,
-    VolumeRecord,
+    AttachmentPhase, AttachmentRecord, FORMAT, NodeRecord, Percent, Placement, SALVAGES_MAX, SalvageRecord, StoreRecord, UpgradeRecord,
+    VolumePhase, VolumeRecord,
 };
 pub use redb_store::RedbStore;
 pub use story::{Occasion, place, subject};
@@ -64,6 +64,8 @@ pub struct State {
 pub enum Mutation {
     /// Something else may come to the node.
     PutNode(NodeRecord),
+    /// An upgrade is asked for, or done.
+    SetUpgrade(Option<UpgradeRecord>),
     /// A store is added, or its options change.
     PutStore(StoreRecord),
     /// A store is forgotten.
@@ -265,7 +267,9 @@ impl State {
     /// Makes a change, if the rules allow it; else this state is no longer to be used.
     pub fn apply(&mut self, mutation: &Mutation) -> Result<(), MetadataError> {
         match mutation {
-            Mutation::PutNode(record) => self.node = record.clone(),
+            // What runs is another matter.
+            Mutation::PutNode(record) => self.node = NodeRecord { upgrade: self.node.upgrade.take(), ..record.clone() },
+            Mutation::SetUpgrade(upgrade) => self.node.upgrade.clone_from(upgrade),
             Mutation::PutStore(record) => {
                 self.stores.insert(record.id, record.clone());
             }

@@ -30,6 +30,17 @@ pub struct NodeRecord {
     /// No replica is made any more.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub refuses_replicas: bool,
+    /// Processes of older programs are replaced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade: Option<UpgradeRecord>,
+}
+
+/// That the processes of older programs are to be replaced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UpgradeRecord {
+    /// When it was asked for, in seconds since 1970.
+    pub since_unix: u64,
 }
 
 /// Whether replicas come to a store.

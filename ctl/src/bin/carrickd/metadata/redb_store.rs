@@ -249,7 +249,7 @@ fn put_change(transaction: &WriteTransaction, mutation: &Mutation, before: &Stat
         None => Ok(()),
     };
     match mutation {
-        Mutation::PutNode(record) => put(NODE, ONLY.to_owned(), encode(record)?)?,
+        Mutation::PutNode(_) | Mutation::SetUpgrade(_) => put(NODE, ONLY.to_owned(), encode(&after.node)?)?,
         Mutation::PutStore(record) => put(STORES, record.id.to_string(), encode(record)?)?,
         Mutation::RemoveStore(id) => {
             remove(STORES, id.to_string())?;

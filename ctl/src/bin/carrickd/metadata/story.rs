@@ -43,7 +43,7 @@ struct Story<'a> {
 impl Story<'_> {
     fn of(&self, mutation: &Mutation) -> Vec<NewEvent> {
         match mutation {
-            Mutation::PutNode(_) => Vec::new(),
+            Mutation::PutNode(_) | Mutation::SetUpgrade(_) => Vec::new(),
             Mutation::PutStore(record) => self.put_store(record).into_iter().collect(),
             Mutation::RemoveStore(id) => {
                 let record = self.before.stores.get(id);

@@ -321,7 +321,8 @@ async fn what_is_reopened_is_what_was_written() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("metadata.redb");
     let memory = MemoryStore::default();
-    for mutation in example() {
+    let upgrade = Mutation::SetUpgrade(Some(super::UpgradeRecord { since_unix: 1_700_000_003 }));
+    for mutation in example().into_iter().chain([upgrade]) {
         // Every change alone, with a reopening after each.
         let redb = RedbStore::open(&path).unwrap();
         assert_eq!(redb.state(), memory.state());
@@ -409,7 +410,7 @@ fn moves() -> Vec<Mutation> {
     let operation = OperationRecord::relocate(moving.id, moving.name.clone(), [store(1).id, store(3).id], 1_700_000_040);
     let mut mutations = example()[..3].to_vec();
     mutations.extend([
-        Mutation::PutNode(NodeRecord { refuses_targets: true, refuses_replicas: false }),
+        Mutation::PutNode(NodeRecord { refuses_targets: true, ..NodeRecord::default() }),
         Mutation::PutStore(StoreRecord { placement: Placement::Evicting, ..store(1) }),
         Mutation::PutStore(StoreRecord { placement: Placement::Disabled, ..store(2) }),
         Mutation::InsertVolume(volume(5, "vm1", &[1, 2]).into()),
