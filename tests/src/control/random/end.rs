@@ -44,7 +44,10 @@ pub fn stores(site: &Site) -> anyhow::Result<Stores> {
 /// Tries all that; what was found.
 pub fn finish(site: &mut Site, stage: &Stage, empty: &Stores) -> anyhow::Result<String> {
     let begin = Instant::now();
-    let settled = wait_for("everything to settle", SOON, || Ok(unsettled(site)?.is_empty().then_some(())));
+    let settled = wait_for("everything to settle", SOON, || {
+        attach_what_moves(site)?;
+        Ok(unsettled(site)?.is_empty().then_some(()))
+    });
     if settled.is_err() {
         bail!("after {SOON:?} it is still so: {:?}", unsettled(site)?);
     }
@@ -73,6 +76,17 @@ pub fn finish(site: &mut Site, stage: &Stage, empty: &Stores) -> anyhow::Result<
         SETTLED_MAX.as_secs(),
         bytes >> 20
     ))
+}
+
+/// A replica of a volume that isn't attached moves when it is: an operator attaches it, or cancels the move.
+fn attach_what_moves(site: &Site) -> anyhow::Result<()> {
+    for volume in site.carrick(&["volume", "list"])?.as_array().context("no volumes")? {
+        if volume["attachment"].is_null() && volume["operation"]["kind"] == "move" {
+            // Its stores may just be starting: then it is tried again.
+            let _ = site.try_carrick(&["attach", volume["name"].as_str().context("no name")?])?;
+        }
+    }
+    Ok(())
 }
 
 /// What is not as it should be.
