@@ -177,6 +177,10 @@ fn replica_answer(path: &Path, run: &RunDirectory, store: StoreId, request: &Rep
             if path.join("broken").exists() {
                 return refused(ControlErrorCode::Failed, "the disk failed".into());
             }
+            if let Some(known) = there.iter().find(|known| known.volume == spec.volume) {
+                let message = format!("there is a replica of volume {} with {} bytes", spec.volume, known.size.bytes());
+                return if known.size == spec.size { Ok(ReplicaAnswer::Done) } else { refused(ControlErrorCode::Conflict, message) };
+            }
             if spec.size.bytes().get() > capacity - reserved {
                 let (needed, free) = (spec.size.bytes(), capacity - reserved);
                 let message = format!("no room in store {}: {needed} bytes are needed, {free} are free", path.display());

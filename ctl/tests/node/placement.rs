@@ -143,6 +143,42 @@ fn a_move_is_taken_back_until_the_new_replica_counts() {
 }
 
 #[test]
+fn a_replica_that_is_larger_than_its_volume_is_in_no_moves_way() {
+    let node = Node::new(4);
+    let volume = attached(&node);
+    // What an expansion leaves that was cancelled.
+    for path in (0..4).flat_map(|store| std::fs::read_dir(node.store_path(store)).unwrap()).map(|entry| entry.unwrap().path()) {
+        if path.extension().is_some_and(|extension| extension == "replica") {
+            let mut spec: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            spec["size"] = (2_u64 << 30).into();
+            std::fs::write(&path, spec.to_string()).unwrap();
+        }
+    }
+    let old = stores(&volume)[0];
+    node.carrick(&["volume", "replace", "vm1", &old.to_string()]).ok();
+    operation(&node, "running", "copy");
+    take_in(&node, &volume, old);
+    operation(&node, "succeeded", "drop");
+    node.wait_for("the old one to be deleted", |node| ((0..4).map(|store| node.replicas_in(store)).sum::<usize>() == 3).then_some(()));
+    let findings = node.carrick(&["explain", "vm1"]).ok()["findings"].clone();
+    assert!(!findings.to_string().contains("REPLICA_JOINING"), "{findings}");
+}
+
+#[test]
+fn a_cancelled_move_out_of_a_store_that_is_to_be_emptied_is_not_begun_again_at_once() {
+    let node = Node::new(4);
+    let volume = attached(&node);
+    let old = stores(&volume)[0];
+    node.carrick(&["store", "evict", &old.to_string()]).ok();
+    let moving = operation(&node, "running", "copy");
+    node.carrick(&["operation", "cancel", moving["id"].as_str().unwrap()]).ok();
+    node.wait_for("explain to tell", |node| {
+        node.carrick(&["explain", "vm1"]).ok()["findings"].to_string().contains("STORE_EVICTING").then_some(())
+    });
+    assert_eq!(node.carrick(&["operation", "list"]).ok().as_array().unwrap().len(), 1);
+}
+
+#[test]
 fn a_lost_replica_leaves_a_store_that_is_emptied_at_once_and_a_deleted_volume_ends_its_move() {
     let node = Node::new(4);
     let volume = attached(&node);

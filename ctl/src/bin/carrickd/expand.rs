@@ -216,7 +216,8 @@ async fn grow_replicas(context: &Context, volume: &VolumeRecord, to: VolumeSize)
     Outcome::Done(found.away.iter().map(note).collect())
 }
 
-async fn grow_replica(context: &Context, spec: ReplicaSpec, store: StoreId) -> Result<(), CallError> {
+/// Makes a replica as large as that, unless it is.
+pub async fn grow_replica(context: &Context, spec: ReplicaSpec, store: StoreId) -> Result<(), CallError> {
     control::replica(&context.run.replica_control(store), &ReplicaRequest::Expand { spec }, control::CHANGE_LIMIT).await
 }
 

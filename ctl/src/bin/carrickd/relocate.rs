@@ -13,9 +13,12 @@ use carrick_backing_store::size::HumanSize;
 use carrick_ctl::fault::{Fault, Reason};
 
 use crate::context::{Context, unix_now};
-use crate::metadata::{AttachmentPhase, MoveStep, Mutation, OperationRecord, Outcome, VolumeRecord};
+use crate::metadata::{AttachmentPhase, MoveStep, Mutation, OperationRecord, Outcome, State, Task, VolumeRecord};
 use crate::operations::Step;
 use crate::{moves, stores, survey};
+
+/// Seconds after which a replica whose move failed or was cancelled is moved again, if its store is still to be emptied.
+const AGAIN_AFTER: u64 = 60;
 
 /// Begins to move a replica to the given store, or to that with the most free space. Asked for again, finds what runs.
 pub async fn begin(context: &Context, volume: &VolumeRecord, from: StoreId, with: Option<&str>) -> Result<OperationRecord, Fault> {
@@ -38,9 +41,8 @@ pub async fn begin(context: &Context, volume: &VolumeRecord, from: StoreId, with
 }
 
 fn same_move(running: &OperationRecord, from: StoreId, to: Option<StoreId>) -> Result<OperationRecord, Fault> {
-    use crate::metadata::Task::Move;
     match running.task {
-        Move { from: known, to: goal, .. } if known == from && to.is_none_or(|to| to == goal) => Ok(running.clone()),
+        Task::Move { from: known, to: goal, .. } if known == from && to.is_none_or(|to| to == goal) => Ok(running.clone()),
         _ => {
             let message = format!("operation {} moves a replica of volume {} already: wait for it, or cancel it", running.id, running.name);
             Err(Fault::new(Reason::OperationRuns, &running.name, message))
@@ -48,10 +50,13 @@ fn same_move(running: &OperationRecord, from: StoreId, to: Option<StoreId>) -> R
     }
 }
 
-/// Empties a store of one volume's replica. `false`: that can't begin yet, or another must be done first.
+/// Empties a store of one volume's replica. `false`: that can't begin yet.
 pub async fn evict(context: &Context, volume: &VolumeRecord, from: StoreId) -> Result<bool, Fault> {
     if !volume.replicas.contains(&from) || volume.retiring.contains(&from) {
         return Ok(true);
+    }
+    if has_just_ended(&context.state(), volume, from) {
+        return Ok(false);
     }
     if volume.config().members.contains(&from) {
         begin(context, volume, from, None).await?;
@@ -61,6 +66,14 @@ pub async fn evict(context: &Context, volume: &VolumeRecord, from: StoreId) -> R
     }
     // What was begun is unfinished work of its own.
     Ok(true)
+}
+
+/// Whether a move of this replica has come to nothing so lately that the next one would, too, or that somebody wants it to stay for now.
+fn has_just_ended(state: &State, volume: &VolumeRecord, from: StoreId) -> bool {
+    let of_it =
+        |operation: &&OperationRecord| operation.volume == volume.id && matches!(operation.task, Task::Move { from: it, .. } if it == from);
+    let last = state.operations.values().rfind(of_it);
+    last.is_some_and(|operation| !operation.is_running() && unix_now() < operation.updated_unix.saturating_add(AGAIN_AFTER))
 }
 
 /// Does a step, or finds it done.

@@ -21,6 +21,7 @@ use carrick_replicator::limits::Limits;
 use crate::attach;
 use crate::context::{Context, unix_now};
 use crate::control::{self, CallError};
+use crate::expand;
 use crate::launch;
 use crate::metadata::{Mutation, Percent, State, VolumePhase, VolumeRecord};
 use crate::moves;
@@ -187,8 +188,12 @@ async fn make_replicas(context: &Context, volume: &VolumeRecord) -> Result<(), F
 pub async fn make_replica(context: &Context, spec: ReplicaSpec, store: StoreId) -> Result<(), Fault> {
     check_limit(context, spec, store).await?;
     let request = ReplicaRequest::Create { spec };
-    let made = control::replica(&context.run.replica_control(store), &request, control::CHANGE_LIMIT).await;
-    made.map(drop).map_err(|error| replica_fault(context, store, error))
+    let made = match control::replica(&context.run.replica_control(store), &request, control::CHANGE_LIMIT).await {
+        // It was made before the volume grew; or an expansion that came to nothing has made it larger, which harms nobody.
+        Err(CallError::Refused(error)) if error.code == ControlErrorCode::Conflict => expand::grow_replica(context, spec, store).await,
+        made => made.map(drop),
+    };
+    made.map_err(|error| replica_fault(context, store, error))
 }
 
 /// Whether a replica that isn't there may come, as far as the operator's limit goes. The store itself knows whether it has the room.
