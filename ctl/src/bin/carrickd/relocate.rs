@@ -13,7 +13,7 @@ use carrick_backing_store::size::HumanSize;
 use carrick_ctl::fault::{Fault, Reason};
 
 use crate::context::{Context, unix_now};
-use crate::metadata::{AttachmentPhase, MoveStep, Mutation, OperationRecord, Outcome, State, Task, VolumeRecord};
+use crate::metadata::{AttachmentPhase, MoveStep, Mutation, OperationRecord, OperationState, Outcome, State, Task, VolumeRecord};
 use crate::operations::Step;
 use crate::{moves, stores, survey};
 
@@ -73,7 +73,8 @@ fn has_just_ended(state: &State, volume: &VolumeRecord, from: StoreId) -> bool {
     let of_it =
         |operation: &&OperationRecord| operation.volume == volume.id && matches!(operation.task, Task::Move { from: it, .. } if it == from);
     let last = state.operations.values().rfind(of_it);
-    last.is_some_and(|operation| !operation.is_running() && unix_now() < operation.updated_unix.saturating_add(AGAIN_AFTER))
+    let came_to_nothing = |state: &OperationState| matches!(state, OperationState::Failed(_) | OperationState::Cancelled);
+    last.is_some_and(|operation| came_to_nothing(&operation.state) && unix_now() < operation.updated_unix.saturating_add(AGAIN_AFTER))
 }
 
 /// Does a step, or finds it done.
