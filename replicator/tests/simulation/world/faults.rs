@@ -266,6 +266,12 @@ impl World {
                 let delay = self.dice.skewed(3 * SECOND);
                 self.schedule(self.now + delay, Event::Replace(index));
             }
+            // Nobody takes it in again, nor asks it to sync anything.
+            Some(Calm::Failing { index, everywhere: false }) if self.gone() == Some(index) => {
+                self.calm = Some(Calm::Settling);
+                self.replace_gone(index);
+            }
+            Some(Calm::Settling) if let Some(gone) = self.gone() => self.replace_gone(gone),
             Some(Calm::Settling) if self.all_in_sync() => self.calm = None,
             _ => {}
         }

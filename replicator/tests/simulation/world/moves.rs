@@ -8,25 +8,33 @@ use super::{HEAL_LIMIT, SECOND, World};
 impl World {
     /// Begins to move this replica, or goes on with the one that is being moved; sometimes it is to stay after all.
     pub(super) fn go_on_moving(&mut self, index: usize) {
-        let Some(retiring) = self.retiring.iter().next() else {
+        if self.retiring.is_empty() {
             if self.machines.len() > 1 && self.is_serving() {
                 self.note(format!("replica {index} is to go"));
                 self.retiring = [MemberIndex(index)].into_iter().collect();
                 self.kill_target();
             }
-            return;
-        };
-        if !self.record.members.contains(retiring) {
-            self.coverage.moved += 1;
-            self.retiring = MemberSet::NONE;
-            self.renew(retiring.0);
+        } else if let Some(gone) = self.gone() {
+            self.replace_gone(gone);
         } else if self.dice.once_in(4) {
             self.stay();
         }
     }
 
+    /// What was to go, if it no longer counts.
+    pub(super) fn gone(&self) -> Option<usize> {
+        self.retiring.iter().find(|index| !self.record.members.contains(*index)).map(|index| index.0)
+    }
+
+    /// A new one takes the place of what has gone.
+    pub(super) fn replace_gone(&mut self, gone: usize) {
+        self.coverage.moved += 1;
+        self.retiring = MemberSet::NONE;
+        self.renew(gone);
+    }
+
     /// Whatever was to go stays.
-    pub(super) fn stay(&mut self) {
+    fn stay(&mut self) {
         if !self.retiring.is_empty() {
             self.note("what was to go stays".to_owned());
             self.retiring = MemberSet::NONE;
