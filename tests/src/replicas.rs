@@ -4,8 +4,14 @@ use anyhow::{Context, ensure};
 use carrick_backing_store::{BlockIndex, VolumeId};
 use serde_json::Value;
 
+use crate::first_volume::chaos::COPY_LIMIT;
 use crate::peer::Peer;
 use crate::site::Site;
+
+/// What is said of each replica of a volume.
+pub fn replicas_of(site: &Site, volume: &str) -> anyhow::Result<Vec<Value>> {
+    site.carrick(&["volume", "show", volume])?["replicas"].as_array().cloned().context("no replicas")
+}
 
 /// Reads all replicas of a detached volume whole; how many bytes they have in common, which must be all.
 pub fn identical(site: &Site, volume: &str) -> anyhow::Result<u64> {
@@ -17,6 +23,13 @@ pub fn identical(site: &Site, volume: &str) -> anyhow::Result<u64> {
         ensure!(*first.get_or_insert(digest) == digest, "the replica in store {} differs from the first", replica["store"]);
     }
     Ok(size)
+}
+
+/// The same of one that is attached: once all its replicas are in sync, it is detached for that.
+pub fn identical_at_last(site: &Site, volume: &str) -> anyhow::Result<u64> {
+    site.wait_in_sync(volume, COPY_LIMIT)?;
+    site.detach(volume)?;
+    identical(site, volume)
 }
 
 /// Writes something else into these blocks of one replica of a detached volume, with checksums that are right.

@@ -7,7 +7,6 @@
 //!
 //! A command that doesn't end in time leaves its buffer to the kernel, which may still write to it.
 
-use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -101,19 +100,14 @@ impl Errand {
         }
     }
 
+    /// The driver's name of it.
+    pub(crate) const fn name(self) -> &'static str {
+        self.command().0
+    }
+
     /// The error that it has failed with.
     pub(crate) const fn failed(self, device: DeviceId, cause: Cause) -> DriverError {
-        DriverError { command: self.command().0, device: Some(device), cause }
-    }
-}
-
-impl fmt::Display for Errand {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Start => "start",
-            Self::Stop => "stop",
-            Self::StopIfUnused => "stop-if-unused",
-        })
+        DriverError { command: self.name(), device: Some(device), cause }
     }
 }
 
@@ -122,7 +116,7 @@ impl FromStr for Errand {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let all = [Self::Start, Self::Stop, Self::StopIfUnused];
-        all.into_iter().find(|errand| errand.to_string() == text).ok_or_else(|| format!("{text:?} is no errand"))
+        all.into_iter().find(|errand| errand.name() == text).ok_or_else(|| format!("{text:?} is no errand"))
     }
 }
 

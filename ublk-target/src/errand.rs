@@ -34,7 +34,7 @@ pub struct Pending {
 pub fn begin(errand: Errand, device: DeviceId) -> Result<Pending, DriverError> {
     let begun = Instant::now();
     let mut command = Command::new(OWN_PROGRAM);
-    command.arg("errand").arg(errand.to_string()).arg(device.0.to_string()).arg(std::process::id().to_string());
+    command.arg("errand").arg(errand.name()).arg(device.0.to_string()).arg(std::process::id().to_string());
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
     let child = child.map_err(|error| errand.failed(device, Cause::Ring(error)))?;
     Ok(Pending { child, errand, device, begun })

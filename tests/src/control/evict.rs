@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::first_volume::chaos::{COPY_LIMIT, verifying_load};
-use crate::replicas::identical;
+use crate::replicas::{identical_at_last, replicas_of};
 use crate::report::{Found, Plan};
 use crate::site::{Site, signal, wait_for};
 
@@ -34,10 +34,6 @@ enum Victim {
     OldReplica,
 }
 
-fn shown(site: &Site) -> anyhow::Result<Vec<Value>> {
-    site.carrick(&["volume", "show", VOLUME])?["replicas"].as_array().cloned().context("no replicas")
-}
-
 fn store_of(replica: &Value) -> anyhow::Result<String> {
     Ok(replica["store"].as_str().context("no store")?.to_owned())
 }
@@ -45,7 +41,7 @@ fn store_of(replica: &Value) -> anyhow::Result<String> {
 /// Waits until the store is empty; fails if fewer than three replicas ever count unless somebody was killed.
 fn wait_empty(site: &Site, store: &str, always_three: bool) -> anyhow::Result<()> {
     wait_for("the store to be empty", DONE_MAX, || {
-        let counting = shown(site)?.iter().filter(|replica| replica["counts"] == true).count();
+        let counting = replicas_of(site, VOLUME)?.iter().filter(|replica| replica["counts"] == true).count();
         ensure!(!always_three || counting >= 3, "only {counting} replicas count in the middle of a move");
         let found = site.carrick(&["store", "show", store])?;
         let is_empty = |name: &str| found[name].as_array().is_some_and(Vec::is_empty);
@@ -55,7 +51,7 @@ fn wait_empty(site: &Site, store: &str, always_three: bool) -> anyhow::Result<()
 
 /// Empties the store of the volume's first replica; how long that took since the kill, if there was one.
 fn empty(site: &mut Site, victim: Victim) -> anyhow::Result<Duration> {
-    let old = store_of(&shown(site)?[0])?;
+    let old = store_of(&replicas_of(site, VOLUME)?[0])?;
     let evict = ["store", "evict", old.as_str()];
     let mut begin = Instant::now();
     match victim {
@@ -73,7 +69,7 @@ fn empty(site: &mut Site, victim: Victim) -> anyhow::Result<Duration> {
             site.carrick(&evict)?;
             let new = wait_for("the copy", DONE_MAX, || {
                 let copying = |replica: &&Value| replica["state"] == "copying";
-                shown(site)?.iter().find(copying).map(store_of).transpose()
+                replicas_of(site, VOLUME)?.iter().find(copying).map(store_of).transpose()
             })?;
             let pid = match victim {
                 Victim::Target => *site.pids("target")?.first().context("no target")?,
@@ -86,7 +82,7 @@ fn empty(site: &mut Site, victim: Victim) -> anyhow::Result<Duration> {
     }
     wait_empty(site, &old, matches!(victim, Victim::Nobody))?;
     let took = begin.elapsed();
-    let left = shown(site)?;
+    let left = replicas_of(site, VOLUME)?;
     ensure!(left.len() == 3 && left.iter().all(|replica| replica["store"] != old.as_str()), "{left:?}");
     // The next one needs it.
     site.carrick(&["store", "enable", &old])?;
@@ -109,14 +105,12 @@ pub fn emptied(plan: &Plan) -> Found {
         ensure!(fio.is_running()?, "fio ended: {victim:?}");
         site.wait_in_sync(VOLUME, COPY_LIMIT)?;
     }
-    let emptied = store_of(&shown(&site)?[0])?;
+    let emptied = store_of(&replicas_of(&site, VOLUME)?[0])?;
     site.carrick(&["store", "evict", &emptied, "--wait"])?;
     site.carrick(&["store", "remove", &emptied])?;
     fs::write(&stop, "")?;
     fio.finish().with_context(|| site.log_tail())?;
-    site.wait_in_sync(VOLUME, COPY_LIMIT)?;
-    site.detach(VOLUME)?;
-    let bytes = identical(&site, VOLUME)?;
+    let bytes = identical_at_last(&site, VOLUME)?;
     Ok(format!(
         "7 times, with 2 deaths of carrickd, 1 of the target, 1 of the replica that is copied to and 1 of that which goes: empty after {:.1} s \
          at most (bound {}), 3 replicas counted throughout where nobody was killed; no error in fio, {bytes} bytes the same on all replicas",

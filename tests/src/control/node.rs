@@ -10,7 +10,7 @@ use rustix::process::Signal;
 
 use crate::disk::Disk;
 use crate::first_volume::chaos::{COPY_LIMIT, verifying_load};
-use crate::replicas::identical;
+use crate::replicas::identical_at_last;
 use crate::report::{Found, Plan};
 use crate::site::{SOON, Site, signal, wait_for};
 
@@ -96,9 +96,7 @@ pub fn all_killed(plan: &Plan) -> Found {
     }
     fs::write(&stop, "")?;
     fio.finish().with_context(|| site.log_tail())?;
-    site.wait_in_sync(VOLUME, COPY_LIMIT)?;
-    site.detach(VOLUME)?;
-    let bytes = identical(&site, VOLUME)?;
+    let bytes = identical_at_last(&site, VOLUME)?;
     Ok(format!(
         "{rounds} times all processes at once; all in sync again {:.1} s after the start at most; no error in fio, {bytes} bytes the same on \
          all replicas",

@@ -10,8 +10,8 @@ use anyhow::{Context, anyhow, ensure};
 
 use crate::disk::Disk;
 use crate::fio::Fio;
-use crate::first_volume::chaos::{COPY_LIMIT, verifying_load};
-use crate::replicas::identical;
+use crate::first_volume::chaos::verifying_load;
+use crate::replicas::identical_at_last;
 use crate::report::{Found, Plan};
 use crate::site::{SOON, Site, programs, wait_for};
 
@@ -59,9 +59,7 @@ pub fn upgrade(plan: &Plan) -> Found {
     }
     let mut bytes = 0;
     for (name, _, _) in VOLUMES {
-        site.wait_in_sync(name, COPY_LIMIT)?;
-        site.detach(name)?;
-        bytes += identical(&site, name)?;
+        bytes += identical_at_last(&site, name)?;
     }
     let longest: Vec<String> =
         VOLUMES.iter().zip(longest).map(|((name, ..), longest)| format!("{} ms on {name}", longest.as_millis())).collect();

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::resync::COPY_LIMIT;
 use crate::disk::Disk;
 use crate::history::History;
-use crate::replicas::identical;
+use crate::replicas::{identical, replicas_of};
 use crate::report::{Found, Plan};
 use crate::site::{SOON, Site, signal, wait_for};
 
@@ -26,14 +26,9 @@ const CHANGING: u64 = 16 << 20;
 /// is started again.
 const STALL_MAX: Duration = Duration::from_secs(5);
 
-fn replicas(site: &Site) -> anyhow::Result<Vec<Value>> {
-    let shown = site.carrick(&["volume", "show", VOLUME])?;
-    Ok(shown["replicas"].as_array().context("no replicas")?.clone())
-}
-
 /// Loses a replica, and waits until another one, elsewhere, has taken its place, and the first is deleted.
 fn lap(site: &Site, disk: &Disk, number: u64, by_hand: bool) -> anyhow::Result<Duration> {
-    let before = replicas(site)?;
+    let before = replicas_of(site, VOLUME)?;
     let lost = &before[usize::try_from(number)? % before.len()];
     let (store, path) =
         (lost["store"].as_str().context("no store")?.to_owned(), lost["store_path"].as_str().context("no path")?.to_owned());
@@ -43,13 +38,13 @@ fn lap(site: &Site, disk: &Disk, number: u64, by_hand: bool) -> anyhow::Result<D
     let longest = disk.write_blocks(number % PARTS * PART_BLOCKS, PART_BLOCKS, value)?;
     let of = |replicas: &[Value]| replicas.iter().find(|replica| replica["store"] == store.as_str()).cloned();
     wait_for("the lost replica to count no longer", SOON, || {
-        Ok(of(&replicas(site)?).is_none_or(|replica| replica["counts"] == false).then_some(()))
+        Ok(of(&replicas_of(site, VOLUME)?).is_none_or(|replica| replica["counts"] == false).then_some(()))
     })?;
     if by_hand {
         site.carrick(&["volume", "replace", VOLUME, &path])?;
     }
     wait_for("another replica to take its place", COPY_LIMIT, || {
-        let now = replicas(site)?;
+        let now = replicas_of(site, VOLUME)?;
         let is_well = |replica: &Value| replica["counts"] == true && replica["state"] == "in-sync";
         Ok((of(&now).is_none() && now.len() == before.len() && now.iter().all(is_well)).then_some(()))
     })?;

@@ -43,6 +43,11 @@ impl Output {
         self.write(if self.json { serde_json::to_string(result).map_err(Problem::local)? + "\n" } else { words(result) })
     }
 
+    /// Shows people how it goes on. Programs wait for the end.
+    fn progress(&self, text: impl Into<String>) -> Result<(), Problem> {
+        if self.json { Ok(()) } else { self.write(text.into()).map(drop) }
+    }
+
     /// Tells somebody who watches. Programs see it by themselves.
     fn remark(&self, text: &str) {
         if !self.json {
@@ -134,8 +139,7 @@ async fn store(client: &Client, output: &Output, command: StoreCommand) -> Resul
         }
         StoreCommand::Set { store, limit, warn } => {
             let request = v1::SetStoreRequest { store, placement: None, limit_percent: limit, warning_percent: warn };
-            let answer = stores.set_store(change(request)).await?.into_inner();
-            output.show(&answer.store.unwrap_or_default(), words::store)
+            output.show(&set_store(client, request).await?, words::store)
         }
         StoreCommand::Remove { store } => {
             let answer = stores.remove_store(change(v1::RemoveStoreRequest { store })).await?.into_inner();
@@ -147,6 +151,10 @@ async fn store(client: &Client, output: &Output, command: StoreCommand) -> Resul
 /// Says whether replicas come to a store.
 async fn place(client: &Client, store: String, placement: v1::StorePlacement) -> Result<v1::Store, Problem> {
     let request = v1::SetStoreRequest { store, placement: Some(placement.into()), ..v1::SetStoreRequest::default() };
+    set_store(client, request).await
+}
+
+async fn set_store(client: &Client, request: v1::SetStoreRequest) -> Result<v1::Store, Problem> {
     Ok(client.stores().set_store(change(request)).await?.into_inner().store.unwrap_or_default())
 }
 
@@ -165,10 +173,10 @@ async fn wait_until_empty(client: &Client, output: &Output, store: String) -> Re
         }
         let operations = client.operations().list_operations(question(v1::ListOperationsRequest { volume: None })).await?.into_inner();
         let progress = words::eviction(&store, &operations.operations);
-        if progress != shown && !output.json {
-            output.write(progress.clone())?;
+        if progress != shown {
+            output.progress(&progress)?;
+            shown = progress;
         }
-        shown = progress;
         tokio::time::sleep(EMPTY_POLL).await;
     }
 }
@@ -203,8 +211,7 @@ async fn upgrade(client: &Client, output: &Output, arguments: &Upgrade) -> Resul
     if !arguments.wait {
         return Ok(());
     }
-    let tell = |progress: &str| if output.json { Ok(()) } else { output.write(format!("{progress}\n")).map(drop) };
-    upgrade::wait(client.socket(), tell).await
+    upgrade::wait(client.socket(), |progress| output.progress(format!("{progress}\n"))).await
 }
 
 async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Result<(), Problem> {
@@ -310,7 +317,7 @@ async fn tell_events(client: Client, output: &Output, socket: &Path, arguments: 
 
 /// Shows an operation until it has ended; fails if it has not succeeded.
 async fn wait_until_done(client: &Client, output: &Output, operation: &v1::Operation) -> Result<v1::Operation, Problem> {
-    let progress = |operation: &v1::Operation| if output.json { Ok(()) } else { output.show(operation, words::operation_line) };
+    let progress = |operation: &v1::Operation| output.progress(words::operation_line(operation));
     let ended = watch_operation(client, Some(operation.id.clone()), progress).await?.unwrap_or_default();
     outcome(&ended).map(|()| ended)
 }

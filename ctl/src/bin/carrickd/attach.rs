@@ -316,13 +316,8 @@ async fn ask_to_detach(context: &Context, volume: &VolumeRecord, force: bool) ->
             let before = context.node.pidfd(id);
             if let Some(pidfd) = before {
                 tracing::warn!(volume = %volume.name, pid = pidfd.pid(), "the target hangs and is killed");
-                context.node.send(Event::Killed(id)).await;
-                pidfd.kill();
-                let _ = tokio::time::timeout(
-                    GONE_LIMIT,
-                    context.node.wait_until(|observed| observed.processes.get(&id).and_then(Process::pid) != Some(pidfd.pid())),
-                )
-                .await;
+                launch::kill(context, id, &pidfd).await;
+                let _ = tokio::time::timeout(GONE_LIMIT, context.node.wait_ended(id, pidfd.pid())).await;
             }
             wait_until_answering(context, id).await?;
             send_detach(context, id, true).await

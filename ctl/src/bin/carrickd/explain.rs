@@ -7,7 +7,7 @@ use carrick_backing_store::StoreId;
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1;
 
-use crate::metadata::{EventKind, EventLog, Placement, SubjectId, Trouble, VolumeRecord};
+use crate::metadata::{EventKind, EventLog, SubjectId, Trouble, VolumeRecord};
 use crate::operations;
 use crate::view::View;
 
@@ -161,17 +161,15 @@ fn of_operation(operation: &v1::Operation) -> v1::Finding {
 
 /// A replica that is to leave its store, and has no other yet.
 fn of_eviction(view: &View<'_>, record: &VolumeRecord) -> Vec<v1::Finding> {
-    let is_evicted = |store: &&StoreId| view.state.stores.get(store).is_some_and(|known| known.placement == Placement::Evicting);
-    let stays = record.replicas.iter().filter(is_evicted).filter(|store| !record.retiring.contains(store));
-    let told = |store: &StoreId| {
+    let told = |store: StoreId| {
         finding(
             "STORE_EVICTING",
-            format!("the replica in {} is to go to another store, and has none yet", view.state.place(*store)),
+            format!("the replica in {} is to go to another store, and has none yet", view.state.place(store)),
             "it is moved, one replica of a volume at a time, as soon as another store answers, takes new replicas and has room",
             "carrick store add; or let replicas come to others: carrick store enable, carrick node enable",
         )
     };
-    stays.map(told).collect()
+    view.state.to_evict(record).map(told).collect()
 }
 
 fn of_replica(replica: &v1::Replica, since: Option<u64>, replace_after: Option<Duration>, joins: bool) -> Option<v1::Finding> {

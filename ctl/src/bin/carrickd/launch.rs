@@ -336,6 +336,12 @@ pub async fn stop(context: Arc<Context>, id: ProcessId) {
     kill_unless_it_ends(id, &pidfd).await;
 }
 
+/// Kills a process, for another one to be started in its place.
+pub async fn kill(context: &Context, id: ProcessId, pidfd: &PidFd) {
+    context.node.send(Event::Killed(id)).await;
+    pidfd.kill();
+}
+
 /// For a process that is done: losing it loses nothing (a replica's acknowledged writes survive its death).
 pub async fn kill_unless_it_ends(id: ProcessId, pidfd: &PidFd) {
     if tokio::time::timeout(END_LIMIT, pidfd.ended()).await.is_err() {

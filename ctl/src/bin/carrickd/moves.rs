@@ -14,9 +14,9 @@ use carrick_replicator::control::MemberState;
 use crate::context::Context;
 use crate::control;
 use crate::metadata::{Mutation, OperationRecord, VolumeRecord};
-use crate::observed::{Event, ProcessId};
+use crate::observed::ProcessId;
 use crate::volumes::{REPLICAS_MAX, delete_replica, make_replica, parse_name, ready};
-use crate::{relocate, stores, survey};
+use crate::{launch, relocate, stores, survey};
 
 /// For a store to delete a replica. It writes down that it does, and goes on by itself.
 const LEAVE_LIMIT: Duration = Duration::from_secs(5);
@@ -33,14 +33,27 @@ pub async fn replace(context: &Context, name: &str, old: &str, with: Option<&str
         let message = format!("volume {name} has no replica in store {}; see carrick volume show {name}", old.path.display());
         return Err(Fault::invalid("store", message));
     }
-    if volume.config().members.contains(&old.id) {
-        return relocate::begin(context, volume, old.id, with).await.map(|operation| (volume.id, Some(operation)));
+    let operation = put_elsewhere(context, volume, old.id, with, "that was asked for").await?;
+    Ok((volume.id, operation))
+}
+
+/// Puts a replica in the given store, or that with the most free space, in place of this one: at once if this one doesn't count, else by
+/// the operation that is returned.
+pub async fn put_elsewhere(
+    context: &Context,
+    volume: &VolumeRecord,
+    old: StoreId,
+    with: Option<&str>,
+    why: &str,
+) -> Result<Option<OperationRecord>, Fault> {
+    if volume.config().members.contains(&old) {
+        return relocate::begin(context, volume, old, with).await.map(Some);
     }
     let new = stores::choose_another(context, volume, with).await?;
-    let record = begin(context, volume, [old.id, new], "that was asked for").await?;
+    let record = begin(context, volume, [old, new], why).await?;
     // The old one is deleted when its store answers: that is not for the caller to wait for.
     join(context, record).await?;
-    Ok((volume.id, None))
+    Ok(None)
 }
 
 /// Gives a volume one more replica: in the given store, or that with the most free space.
@@ -78,14 +91,11 @@ pub async fn replace_lost(context: &Context, volume: VolumeRecord, store: StoreI
     if !is_lost {
         return Ok(false);
     }
-    let new = stores::choose_another(context, &volume, None).await?;
-    let record = begin(context, &volume, [store, new], "the old one hasn't counted for long").await?;
-    join(context, record).await?;
+    put_elsewhere(context, &volume, store, None, "the old one hasn't counted for long").await?;
     Ok(true)
 }
 
-/// Has a replica that doesn't count replaced by one in the other store.
-pub async fn begin(context: &Context, volume: &VolumeRecord, [old, new]: [StoreId; 2], why: &str) -> Result<VolumeRecord, Fault> {
+async fn begin(context: &Context, volume: &VolumeRecord, [old, new]: [StoreId; 2], why: &str) -> Result<VolumeRecord, Fault> {
     tracing::info!(volume = %volume.name, %old, %new, "a replica is replaced");
     let mut record = volume.clone();
     record.replicas.iter_mut().filter(|store| **store == old).for_each(|store| *store = new);
@@ -116,8 +126,7 @@ pub async fn join(context: &Context, volume: VolumeRecord) -> Result<VolumeRecor
     }
     let id = ProcessId::Target(volume.id);
     if let Some(target) = context.node.pidfd(id) {
-        context.node.send(Event::Killed(id)).await;
-        target.kill();
+        launch::kill(context, id, &target).await;
     }
     change(context, volume.clone(), VolumeRecord { joining: Vec::new(), ..volume }).await
 }

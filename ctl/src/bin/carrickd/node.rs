@@ -10,7 +10,7 @@ use std::time::Instant;
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::context::{Context, unix_now};
-use crate::observed::{Event, Observed, ProcessId};
+use crate::observed::{Event, Observed, Process, ProcessId};
 use crate::pidfd::PidFd;
 use crate::reconcile::{Action, Moment, Work, reconcile};
 use crate::{launch, lives, upgrade, volumes};
@@ -65,6 +65,11 @@ impl NodeHandle {
         if observed.wait_for(|observed| condition(observed)).await.is_err() {
             std::future::pending::<()>().await;
         }
+    }
+
+    /// Waits until a process of this number is gone, whether another one has its place or not.
+    pub async fn wait_ended(&self, id: ProcessId, pid: u32) {
+        self.wait_until(|observed| observed.processes.get(&id).and_then(Process::pid) != Some(pid)).await;
     }
 
     /// Waits until a process is gone and forgotten.

@@ -105,10 +105,15 @@ async fn go_on_with(context: &Arc<Context>, id: OperationId) -> Result<bool, Fau
 }
 
 /// Writes down how far an operation is, and what its volume has become with that.
-async fn write(context: &Context, volume: &VolumeRecord, new: Option<VolumeRecord>, operation: OperationRecord) -> Result<(), Fault> {
+pub async fn write(
+    context: &Context,
+    volume: &VolumeRecord,
+    new: Option<VolumeRecord>,
+    operation: OperationRecord,
+) -> Result<Arc<State>, Fault> {
     let change = new.map(|new| Mutation::ReplaceVolume { expected: volume.clone().into(), new: new.into() });
     let all = change.into_iter().chain([Mutation::PutOperation(operation.into())]).collect();
-    context.apply(Mutation::All(all)).await.map(drop)
+    context.apply(Mutation::All(all)).await
 }
 
 /// Sends an operation whenever it changes: one until it has ended, or all that run for as long as somebody listens.

@@ -48,7 +48,7 @@ pub struct Drained {
 pub async fn drain(context: &Context) -> Result<Drained, Fault> {
     set_node(context, NodeChanges { targets: Some(false), replicas: Some(false) }).await?;
     let state = context.state();
-    let mut names: Vec<_> = state.attachments.keys().filter_map(|id| state.volumes.get(id)).map(|volume| volume.name.to_string()).collect();
+    let mut names: Vec<_> = state.attached().map(|volume| volume.name.to_string()).collect();
     names.sort();
     let mut drained = Drained::default();
     for name in names {

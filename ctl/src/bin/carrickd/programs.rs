@@ -11,11 +11,16 @@ use crate::context::Context;
 use crate::metadata::State;
 use crate::observed::{Observed, ProcessId};
 
+/// What serves a store.
+pub const REPLICA: &str = "carrick-replica";
+/// What serves an attached volume.
+const TARGET: &str = "carrick-target";
+
 /// A process's program, in `bin_dir`.
 pub const fn name(id: ProcessId) -> &'static str {
     match id {
-        ProcessId::Replica(_) => "carrick-replica",
-        ProcessId::Target(_) => "carrick-target",
+        ProcessId::Replica(_) => REPLICA,
+        ProcessId::Target(_) => TARGET,
     }
 }
 
@@ -27,9 +32,10 @@ pub fn outdated(bin_dir: &Path, state: &State, observed: &Observed) -> BTreeSet<
         ProcessId::Replica(store) => state.stores.contains_key(store),
         ProcessId::Target(volume) => state.attachments.contains_key(volume),
     };
+    let on_disk = [REPLICA, TARGET].map(|name| (name, file(&bin_dir.join(name))));
     let runs_another = |id: ProcessId, pid: u32| {
         let running = file(Path::new(&format!("/proc/{pid}/exe")));
-        let installed = file(&bin_dir.join(name(id)));
+        let installed = on_disk.iter().find(|(program, _)| *program == name(id)).and_then(|(_, file)| *file);
         running.is_some() && installed.is_some() && running != installed
     };
     let running = observed.processes.iter().filter_map(|(id, process)| Some((*id, process.pid()?)));
@@ -38,7 +44,7 @@ pub fn outdated(bin_dir: &Path, state: &State, observed: &Observed) -> BTreeSet<
 
 /// Refuses if carrickd itself is of an older program than the one beside those that it would start, or they aren't there.
 pub fn check(context: &Context) -> Result<(), Fault> {
-    for name in ["carrick-replica", "carrick-target"] {
+    for name in [REPLICA, TARGET] {
         let path = context.bin_dir.join(name);
         if file(&path).is_none() {
             let message = format!("{} is not there: install it first", path.display());

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use carrick_backing_store::{StoreId, VolumeId};
 
-use crate::metadata::{AttachmentPhase, Placement, State, VolumePhase, VolumeRecord};
+use crate::metadata::{AttachmentPhase, State, VolumePhase, VolumeRecord};
 use crate::observed::{EndRequest, Exit, Observed, Process, ProcessId, ProcessState, WorkState};
 
 /// Work of a volume that nobody does.
@@ -183,15 +183,9 @@ fn work_on(state: &State, observed: &Observed, volume: &VolumeRecord) -> Option<
             attachment
                 .or_else(|| state.running(volume.id).next().map(|_| Work::Operation))
                 .or_else(|| volume.joining.iter().chain(&volume.leaving).any(answers).then_some(Work::Move))
-                .or_else(|| eviction(state, volume))
+                .or_else(|| state.to_evict(volume).next().map(Work::Evict))
         }
     }
-}
-
-/// Which replica is to go since its store is being emptied.
-fn eviction(state: &State, volume: &VolumeRecord) -> Option<Work> {
-    let is_evicted = |store: &StoreId| state.stores.get(store).is_some_and(|record| record.placement == Placement::Evicting);
-    volume.replicas.iter().find(|store| is_evicted(store)).map(|store| Work::Evict(*store))
 }
 
 /// Which replica is replaced next, and when. Of a volume that isn't attached none is: nobody would copy to the new one.

@@ -13,8 +13,8 @@ use carrick_backing_store::size::HumanSize;
 use carrick_ctl::fault::{Fault, Reason};
 
 use crate::context::{Context, unix_now};
-use crate::metadata::{AttachmentPhase, MoveStep, Mutation, OperationRecord, OperationState, Outcome, State, Task, VolumeRecord};
-use crate::operations::Step;
+use crate::metadata::{AttachmentPhase, MoveStep, OperationRecord, OperationState, Outcome, State, Task, VolumeRecord};
+use crate::operations::{self, Step};
 use crate::{moves, stores, survey};
 
 /// Seconds after which a replica whose move failed or was cancelled is moved again, if its store is still to be emptied.
@@ -34,8 +34,7 @@ pub async fn begin(context: &Context, volume: &VolumeRecord, from: StoreId, with
     record.retiring.push(from);
     record.config_version += 1;
     let operation = OperationRecord::relocate(volume.id, volume.name.clone(), [from, to], unix_now());
-    let change = Mutation::ReplaceVolume { expected: volume.clone().into(), new: record.into() };
-    let state = context.apply(Mutation::All(vec![change, Mutation::PutOperation(operation.into())])).await?;
+    let state = operations::write(context, volume, Some(record), operation).await?;
     let gone = || Fault::new(Reason::Internal, &volume.name, "the operation that began is gone");
     state.relocation(volume.id).cloned().ok_or_else(gone)
 }
@@ -58,13 +57,8 @@ pub async fn evict(context: &Context, volume: &VolumeRecord, from: StoreId) -> R
     if has_just_ended(&context.state(), volume, from) {
         return Ok(false);
     }
-    if volume.config().members.contains(&from) {
-        begin(context, volume, from, None).await?;
-    } else {
-        let to = stores::choose_another(context, volume, None).await?;
-        moves::begin(context, volume, [from, to], "its store is being emptied").await?;
-    }
-    // What was begun is unfinished work of its own.
+    // What is begun is unfinished work of its own.
+    moves::put_elsewhere(context, volume, from, None, "its store is being emptied").await?;
     Ok(true)
 }
 

@@ -25,7 +25,7 @@ pub async fn everything(context: &Context, detach: bool, force: bool) -> Result<
 
 async fn end_all(context: &Context, detach: bool, force: bool) -> Result<(), Fault> {
     let state = context.state();
-    let attached = || state.attachments.keys().filter_map(|id| state.volumes.get(id)).map(|volume| volume.name.to_string());
+    let attached = || state.attached().map(|volume| volume.name.to_string());
     if !detach
         && let names = attached().collect::<Vec<_>>()
         && !names.is_empty()

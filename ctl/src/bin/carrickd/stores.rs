@@ -17,7 +17,7 @@ use tokio::process::Command;
 use crate::context::{Context, unix_now};
 use crate::metadata::{Mutation, Placement, State, StoreRecord, VolumeRecord};
 use crate::observed::ProcessId;
-use crate::{placement, survey};
+use crate::{placement, programs, survey};
 
 /// For formatting a store, which writes its journal once, of up to 256 MiB, or looking into one, which replays that.
 const TOOL_LIMIT: Duration = Duration::from_secs(120);
@@ -250,7 +250,7 @@ fn same_options(known: &StoreRecord, listen: Option<SocketAddr>, insecure: bool)
 /// Runs `carrick-replica`, with these arguments, about this place.
 async fn tool(context: &Context, path: &Path, arguments: &[&OsStr]) -> Result<Identity, Fault> {
     let what = arguments.first().map_or("", |what| what.to_str().unwrap_or_default());
-    let program = context.bin_dir.join("carrick-replica");
+    let program = context.bin_dir.join(programs::REPLICA);
     let unusable = |message: String| Fault::new(Reason::StoreUnusable, path.display(), message);
     let run = Command::new(&program).args(arguments).kill_on_drop(true).output();
     let output = match tokio::time::timeout(TOOL_LIMIT, run).await {

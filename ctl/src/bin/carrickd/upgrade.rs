@@ -14,7 +14,7 @@ use carrick_replicator::control::{MemberReport, MemberState, ReplicaRequest, Tar
 use crate::context::{Context, unix_now};
 use crate::control::{self, SHUTDOWN_LIMIT};
 use crate::metadata::{AttachmentPhase, AttachmentRecord, Mutation, State, UpgradeRecord};
-use crate::observed::{Event, Process, ProcessId};
+use crate::observed::{Event, ProcessId};
 use crate::view::View;
 use crate::{launch, programs, survey};
 
@@ -54,9 +54,8 @@ pub async fn begin(context: &Context, dry_run: bool) -> Result<Outlook, Fault> {
 }
 
 fn outlook(state: &State, processes: Vec<ProcessId>) -> Outlook {
-    let attached = state.attachments.keys().filter_map(|volume| state.volumes.get(volume));
     let pauses = |volume: &&crate::metadata::VolumeRecord| matches!(volume.config().members.as_slice(), [only] if processes.contains(&ProcessId::Replica(*only)));
-    let pausing = attached.filter(pauses).map(|volume| volume.name.to_string()).collect();
+    let pausing = state.attached().filter(pauses).map(|volume| volume.name.to_string()).collect();
     Outlook { processes, pausing }
 }
 
@@ -90,18 +89,13 @@ async fn replace(context: &Context, id: ProcessId) -> Option<String> {
                 // What it has acknowledged survives its death.
                 Err(error) => {
                     tracing::warn!(process = %id, %error, "is killed: it didn't take the request to end");
-                    context.node.send(Event::Killed(id)).await;
-                    pidfd.kill();
+                    launch::kill(context, id, &pidfd).await;
                 }
             }
         }
-        ProcessId::Target(_) => {
-            context.node.send(Event::Killed(id)).await;
-            pidfd.kill();
-        }
+        ProcessId::Target(_) => launch::kill(context, id, &pidfd).await,
     }
-    let is_gone = context.node.wait_until(|observed| observed.processes.get(&id).and_then(Process::pid) != Some(pidfd.pid()));
-    match tokio::time::timeout(GONE_LIMIT, is_gone).await {
+    match tokio::time::timeout(GONE_LIMIT, context.node.wait_ended(id, pidfd.pid())).await {
         Ok(()) => {
             context.crash_at("upgrade");
             None

@@ -75,8 +75,7 @@ impl View<'_> {
     /// The node in a few numbers.
     pub fn node(&self) -> v1::Node {
         let usages = || self.replicas.values().flatten().map(|status| &status.usage);
-        let mut attached_volumes: Vec<_> =
-            self.state.attachments.keys().filter_map(|id| self.state.volumes.get(id)).map(|volume| volume.name.to_string()).collect();
+        let mut attached_volumes: Vec<_> = self.state.attached().map(|volume| volume.name.to_string()).collect();
         attached_volumes.sort();
         v1::Node {
             version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -251,6 +251,17 @@ impl State {
         self.volumes.values().filter(move |volume| volume.replicas.contains(&store))
     }
 
+    /// The volumes that are to be attached here.
+    pub fn attached(&self) -> impl Iterator<Item = &VolumeRecord> {
+        self.attachments.keys().filter_map(|id| self.volumes.get(id))
+    }
+
+    /// The stores that are being emptied and have a replica of this volume that is not on its way yet.
+    pub fn to_evict(&self, volume: &VolumeRecord) -> impl Iterator<Item = StoreId> {
+        let is_evicted = |store: &StoreId| self.stores.get(store).is_some_and(|record| record.placement == Placement::Evicting);
+        volume.replicas.iter().copied().filter(move |store| is_evicted(store) && !volume.retiring.contains(store))
+    }
+
     /// The volumes whose replica in this store has been replaced and isn't deleted yet.
     pub fn volumes_leaving(&self, store: StoreId) -> impl Iterator<Item = &VolumeRecord> {
         self.volumes.values().filter(move |volume| volume.leaving.contains(&store))
