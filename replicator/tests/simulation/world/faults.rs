@@ -240,6 +240,7 @@ impl World {
             && self.old.is_none()
             && self.all_joined()
             && self.all_count()
+            && self.is_punctual()
             && self.machines.iter().all(|machine| machine.stopped.is_none())
             && !self.events.values().any(is_trouble)
     }

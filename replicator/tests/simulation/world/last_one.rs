@@ -57,6 +57,11 @@ impl World {
         self.faults && self.last_one.is_some_and(|one| self.now < one.until)
     }
 
+    /// Whether none was late of late: what one owes since then may still be too much.
+    pub(super) fn is_punctual(&self) -> bool {
+        self.last_one.is_none_or(|one| self.now > one.until + 2 * SLOWEST)
+    }
+
     /// The record says that one alone counts.
     pub(super) fn on_only_one(&mut self) {
         let Some(one) = self.last_one.filter(|_| self.is_one_late() && self.calm.is_none()) else { return };
