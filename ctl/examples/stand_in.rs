@@ -231,7 +231,7 @@ fn target(config: &Path, run: &RunDirectory) -> Result<()> {
     if config.name.starts_with("no-ublk") {
         return fail(ControlErrorCode::Unsupported, "this kernel has no ublk driver: load the module ublk_drv");
     }
-    if !config.name.starts_with("rigid") || !device_size_file(&config, run).exists() {
+    if !config.tends && (!config.name.starts_with("rigid") || !device_size_file(&config, run).exists()) {
         fs::write(device_size_file(&config, run), config.size.bytes().to_string()).map_err(text)?;
     }
     write_limits(&config, run, &config.limits)?;
@@ -290,7 +290,8 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
     match request {
         TargetRequest::Status => {
             let serving = !named("never-up") && (!named("slow-up") || started.elapsed() > Duration::from_secs(1));
-            if serving {
+            let has_device = serving && !config.tends;
+            if has_device {
                 fs::write(&device_file, &config.name).map_err(text)?;
             }
             let member = |replica: &carrick_replicator::control::ReplicaAddress| MemberReport {
@@ -306,7 +307,7 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
                 version: "stand-in".into(),
                 volume: config.volume,
                 phase: if serving { TargetPhase::Serving } else { TargetPhase::Electing },
-                device: serving.then(|| PathBuf::from("/dev/ublkb7")),
+                device: has_device.then(|| PathBuf::from("/dev/ublkb7")),
                 size: size_of_device(config, run),
                 grows_online: !named("rigid"),
                 term: serving.then_some(Term::new(1 << 32)),

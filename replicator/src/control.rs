@@ -349,6 +349,9 @@ pub struct TargetConfig {
     /// Whether users get a mapped device.
     #[serde(default, skip_serializing_if = "Map::is_auto")]
     pub map: Map,
+    /// Whether there is to be no device at all: nobody uses the volume, and its replicas get what they lack.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tends: bool,
 }
 
 /// Whether what users get is a device of the device mapper in front of the ublk device. It can grow while it is used on kernels that can't

@@ -111,9 +111,17 @@ fn what_a_target_is_told_at_its_start() {
         records: Some("/run/carrick/records.sock".into()),
         attachment: Attachment::new(3),
         map: Map::Always,
+        tends: true,
     };
-    let least =
-        TargetConfig { retiring: Vec::new(), rebuild_rate: None, limits: Limits::default(), records: None, map: Map::Auto, ..full.clone() };
+    let least = TargetConfig {
+        retiring: Vec::new(),
+        rebuild_rate: None,
+        limits: Limits::default(),
+        records: None,
+        map: Map::Auto,
+        tends: false,
+        ..full.clone()
+    };
     understands("target-config", &[full, least]);
 }
 

@@ -52,7 +52,8 @@ impl Service {
     }
 
     fn detach(&mut self, force: bool) -> Result<(), ControlError> {
-        for device in self.find()? {
+        let devices = if self.config.tends { Vec::new() } else { self.find()? };
+        for device in devices {
             if device.server.is_some_and(|server| server != std::process::id()) {
                 return Err(refusal(next_step(&[device])));
             }

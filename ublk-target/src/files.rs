@@ -187,6 +187,7 @@ mod tests {
             attachment: Attachment::NONE,
             limits: Limits::default(),
             map: Map::Auto,
+            tends: false,
             replicas: vec![ReplicaAddress {
                 store: "0f8fad5b-d9cb-469f-a165-70867728950e".parse().unwrap(),
                 endpoint: "unix:/run/carrick/replica/x.sock".parse().unwrap(),

@@ -3,6 +3,9 @@
 //! Order (I4): a majority has promised this process's term *before* anything is done to a device; what was half done by a
 //! target that was killed is looked at and finished or undone first ([`crate::plan`]).
 //!
+//! One that only tends the replicas of a volume that nobody uses makes no device, and leaves alone what it finds: a device whose
+//! attachment was forgotten waits for the next one.
+//!
 //! SIGTERM and SIGINT end the process like `kill -9`, on purpose: the device stays, its requests wait in the kernel, and the next
 //! target of the volume recovers it. Only a detach removes a device.
 
@@ -88,7 +91,11 @@ impl Service {
             let notice = self.notices.recv().map_err(|_| failed("the queue thread has ended"))?;
             match notice {
                 Notice::Serving(term) => {
-                    tracing::info!(%term, volume = %self.config.volume, "this target is primary");
+                    tracing::info!(%term, volume = %self.config.volume, tends = self.config.tends, "this target is primary");
+                    if self.config.tends {
+                        self.progress.set(|step| step.phase = TargetPhase::Serving);
+                        continue;
+                    }
                     self.progress.set(|step| step.phase = TargetPhase::Starting);
                     if self.attach()?.is_none() {
                         return Ok(());
@@ -146,7 +153,8 @@ impl Service {
     /// Requests may reach up to this size: the device follows.
     fn on_grown(&mut self, size: VolumeSize) {
         self.config.size = self.config.size.max(size);
-        let devices = if self.progress.get().phase == TargetPhase::Serving { self.find() } else { Ok(Vec::new()) };
+        let has_device = self.progress.get().phase == TargetPhase::Serving && !self.config.tends;
+        let devices = if has_device { self.find() } else { Ok(Vec::new()) };
         let shown = match devices {
             Ok(devices) => devices.into_iter().try_for_each(|device| self.show(device.id)),
             Err(error) => Err(error),

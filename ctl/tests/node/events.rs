@@ -41,6 +41,7 @@ fn a_volumes_life_is_told_in_order_and_killing_the_daemon_loses_nothing_of_it() 
     node.carrick(&["volume", "expand", "vm1", "2G", "--wait"]).ok();
     node.carrick(&["volume", "set", "vm1", "iops=500"]).ok();
     node.leave_out(&volume, volume["replicas"][1]["store"].as_str().unwrap());
+    node.take_back(&volume);
     node.carrick(&["detach", "vm1"]).ok();
     node.carrick(&["volume", "delete", "vm1"]).ok();
     // As late as possible: the last change is durable, or the caller had no answer.
@@ -61,6 +62,7 @@ fn a_volumes_life_is_told_in_order_and_killing_the_daemon_loses_nothing_of_it() 
             "OPERATION_SUCCEEDED",
             "LIMITS_SET",
             "REPLICA_LEFT_OUT",
+            "REPLICA_COUNTS",
             "DETACHING",
             "DETACHED",
             "VOLUME_DELETING",

@@ -12,6 +12,8 @@ mod replicas;
 #[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
 mod support;
 #[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
+mod tending;
+#[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
 mod upgrade;
 
 use std::fs;

@@ -47,6 +47,8 @@ fn what_the_node_allows_to_be_copied_is_shared_by_volumes_that_may_copy() {
     wait(&node, [10, 40]);
     node.carrick(&["detach", "paced2"]).ok();
     node.carrick(&["volume", "set", "paced1", "rebuild-rate=none"]).ok();
+    node.wait_for("the other to share it still: it is copied to although nobody uses it", |node| (rates(node) == [40, 40]).then_some(()));
+    node.take_back(&volumes[1]);
     node.wait_for("the other to have it alone", |node| (rates(node)[0] == 80).then_some(()));
 }
 

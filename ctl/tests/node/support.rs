@@ -138,6 +138,12 @@ impl Node {
         self.change_members(volume, |members| members.retain(|store| store.to_string() != lost));
     }
 
+    /// What a target says when all replicas have everything.
+    pub fn take_back(&self, volume: &Value) {
+        let stores = volume["replicas"].as_array().unwrap().iter().map(|replica| replica["store"].as_str().unwrap().parse().unwrap());
+        self.change_members(volume, |members| *members = stores.collect());
+    }
+
     /// What a target says when other replicas count.
     pub fn change_members(&self, volume: &Value, change: impl FnOnce(&mut Vec<StoreId>)) {
         let id: VolumeId = volume["id"].as_str().unwrap().parse().unwrap();

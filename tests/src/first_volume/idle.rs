@@ -101,7 +101,8 @@ fn process_is_carrick(pid: i32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("carrick"))
 }
 
-fn ublk_devices() -> anyhow::Result<usize> {
+/// The ublk devices of this machine.
+pub fn ublk_devices() -> anyhow::Result<usize> {
     Ok(fs::read_dir("/sys/class/ublk-char").map_or(0, Iterator::count))
 }
 

@@ -51,6 +51,7 @@ impl Machine {
             attachment: Attachment::NONE,
             limits: Limits::default(),
             map: map(),
+            tends: false,
         };
         let mut machine = Self { config, run, folder: tempfile::tempdir().unwrap(), replicas: Vec::new(), target: None };
         for number in 0..replicas {

@@ -308,6 +308,7 @@ fn volume_state(volume: &Volume) -> String {
         (VolumeState::Creating, _) => "creating".into(),
         (VolumeState::Deleting, _) => "deleting".into(),
         (VolumeState::Unspecified, _) => "unknown".into(),
+        (VolumeState::Ready, None) if volume.tended => "detached, replicas tended".into(),
         (VolumeState::Ready, None) => "detached".into(),
         (VolumeState::Ready, Some(attachment)) => attachment_state(attachment),
     }
@@ -483,6 +484,7 @@ mod tests {
             leaving_stores: vec!["/srv/old".into()],
             operation: None,
             more_operations: Vec::new(),
+            tended: false,
             salvages: vec![Salvage { at_unix: 1_700_000_000, from_store: "/srv/a".into(), given_up_stores: vec!["/srv/b".into()] }],
         };
         assert_eq!(

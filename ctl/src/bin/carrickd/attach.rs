@@ -99,6 +99,7 @@ pub async fn attach(context: &Context, name: &str, options: Options) -> Result<P
         None => {
             let volume = ready(&state, &name)?;
             placement::check_targets(&state)?;
+            end_tending(context, volume).await?;
             let Options { host, queue_depth, map } = options;
             let since_unix = unix_now();
             let phase = AttachmentPhase::Attaching;
@@ -107,6 +108,12 @@ pub async fn attach(context: &Context, name: &str, options: Options) -> Result<P
             bring_up(context, volume).await
         }
     }
+}
+
+/// Until its lock, which the caller has, is released, no target sees to the replicas of a volume that isn't attached.
+pub async fn end_tending(context: &Context, volume: &VolumeRecord) -> Result<(), Fault> {
+    context.locks.leave_alone(&volume.name);
+    wait_gone(context, volume.id).await
 }
 
 /// Goes on with an attachment that an earlier carrickd began.
@@ -181,6 +188,8 @@ async fn wait_until_serving(context: &Context, volume: &VolumeRecord, first: boo
         {
             match &status {
                 TargetStatus { phase: TargetPhase::Serving, device: Some(device), .. } => return Ok(device.clone()),
+                // It only tends the replicas: an earlier carrickd was killed just after it had started it, and it wasn't found in time.
+                TargetStatus { phase: TargetPhase::Serving, device: None, .. } => end_stray(context, volume.id).await,
                 _ => last = Some(status),
             }
         }
@@ -189,6 +198,13 @@ async fn wait_until_serving(context: &Context, volume: &VolumeRecord, first: boo
         pause = (pause * 2).min(POLL_MAX);
     }
     Err(timed_out(context, volume, last))
+}
+
+async fn end_stray(context: &Context, volume: VolumeId) {
+    let id = ProcessId::Target(volume);
+    if let Some(pidfd) = context.node.pidfd(id) {
+        launch::kill(context, id, &pidfd).await;
+    }
 }
 
 fn timed_out(context: &Context, volume: &VolumeRecord, last: Option<TargetStatus>) -> Fault {
@@ -356,7 +372,14 @@ async fn set_phase(context: &Context, volume: VolumeId, phase: AttachmentPhase, 
 
 /// Removes the record and waits until the loop has forgotten the process, so that a following attachment starts afresh.
 async fn remove_attachment(context: &Context, volume: VolumeId, remark: Option<String>) -> Result<(), Fault> {
+    if let Some(record) = context.state().volumes.get(&volume) {
+        context.locks.leave_alone(&record.name);
+    }
     context.apply_saying(remark, Mutation::RemoveAttachment(volume)).await?;
+    wait_gone(context, volume).await
+}
+
+async fn wait_gone(context: &Context, volume: VolumeId) -> Result<(), Fault> {
     let id = ProcessId::Target(volume);
     tokio::time::timeout(GONE_LIMIT, context.node.wait_gone(id))
         .await

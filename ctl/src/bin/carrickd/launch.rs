@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use carrick_replicator::control::{ControlError, ControlErrorCode, ReplicaAddress, ReplicaRequest, RunDirectory, TargetConfig};
+use carrick_replicator::control::{ControlError, ControlErrorCode, Map, ReplicaAddress, ReplicaRequest, RunDirectory, TargetConfig};
 use carrick_replicator::endpoint::Endpoint;
 use rustix::fs::FlockOperation;
 
@@ -228,22 +228,25 @@ fn command(context: &Context, state: &State, id: ProcessId) -> Result<Command, E
 
 fn target_config(context: &Context, state: &State, id: ProcessId) -> Option<TargetConfig> {
     let ProcessId::Target(id) = id else { return None };
-    let (volume, attachment) = (state.volumes.get(&id)?, state.attachments.get(&id)?);
+    let volume = state.volumes.get(&id)?;
+    let attachment = state.attachments.get(&id);
     let replica = |store: &_| ReplicaAddress { store: *store, endpoint: Endpoint::Unix(context.run.replica_socket(*store)) };
     Some(TargetConfig {
         volume: id,
         name: volume.name.to_string(),
         size: volume.size,
         block_size: volume.block_size,
-        queue_depth: attachment.queue_depth,
-        host: attachment.host,
+        queue_depth: attachment.map_or(1, |attachment| attachment.queue_depth),
+        host: attachment.is_some_and(|attachment| attachment.host),
         replicas: volume.replicas.iter().map(replica).collect(),
         retiring: volume.retiring.clone(),
         rebuild_rate: pace::rate(state, context.rebuild_rate, volume),
         records: Some(context.run.records_socket()),
-        attachment: attachment.number,
+        // Of the last one, which nobody takes part in any more.
+        attachment: attachment.map_or_else(|| volume.config().attachment, |attachment| attachment.number),
         limits: volume.limits,
-        map: attachment.map,
+        map: attachment.map_or(Map::Never, |attachment| attachment.map),
+        tends: attachment.is_none(),
     })
 }
 

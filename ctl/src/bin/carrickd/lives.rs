@@ -9,7 +9,7 @@
 //! | runs | should answer by now | silent |
 //! | was silent, or ended by itself before | answers | recovered |
 
-use crate::metadata::{EventKind, NewEvent, State, Subject, place, subject};
+use crate::metadata::{EventKind, NewEvent, State, Subject, VolumeRecord, place, subject};
 use crate::observed::{EndRequest, Exit, Process, ProcessId, ProcessState};
 
 /// What the log is told of a process that this is known of.
@@ -29,9 +29,8 @@ pub fn told(state: &State, id: ProcessId, before: Option<&Process>, after: &Proc
         && answers_now(before, after)
         && !after.adopted
     {
-        let lacks = state.attachments.keys().filter_map(|volume| state.volumes.get(volume));
-        let lacks = lacks.filter(|volume| volume.left_out.contains_key(&store) && !volume.joining.contains(&store));
-        events.extend(lacks.map(|volume| {
+        let lacks = |volume: &&VolumeRecord| volume.left_out.contains_key(&store) && !volume.joining.contains(&store);
+        events.extend(state.volumes.values().filter(lacks).map(|volume| {
             let (kind, place) = (EventKind::ReplicaRebuilding, place(state, store));
             let text = format!("the replica in {} gets what it lacks: its store answers again", place.path);
             NewEvent { at_unix, kind, subject: crate::metadata::subject(volume), replica: Some(place), text }

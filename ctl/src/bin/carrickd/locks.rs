@@ -12,6 +12,7 @@ type Held = Arc<Mutex<BTreeMap<VolumeName, Arc<tokio::sync::Mutex<()>>>>>;
 #[derive(Clone)]
 pub struct Locks {
     held: Held,
+    alone: Arc<Mutex<BTreeSet<VolumeName>>>,
     released: Arc<Notify>,
 }
 
@@ -26,7 +27,7 @@ pub struct Guard {
 impl Locks {
     /// None held. `released` is notified whenever one is given back.
     pub fn new(released: Arc<Notify>) -> Self {
-        Self { held: Held::default(), released }
+        Self { held: Held::default(), alone: Arc::default(), released }
     }
 
     /// Waits until nobody else works on the volume.
@@ -46,6 +47,17 @@ impl Locks {
         self.held.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
     }
 
+    /// Until the lock of this volume, which the caller has, is released, no target tends the volume.
+    pub fn leave_alone(&self, name: &VolumeName) {
+        self.alone.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+        self.released.notify_one();
+    }
+
+    /// The volumes that are not to be tended.
+    pub fn alone(&self) -> BTreeSet<VolumeName> {
+        self.alone.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn entry(&self, name: &VolumeName) -> Arc<tokio::sync::Mutex<()>> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(held.entry(name.clone()).or_default())
@@ -54,6 +66,7 @@ impl Locks {
 
 impl Drop for Guard {
     fn drop(&mut self) {
+        self.locks.alone.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
         drop(self.lock.take());
         {
             let mut held = self.locks.held.lock().unwrap_or_else(PoisonError::into_inner);
@@ -82,7 +95,10 @@ mod tests {
             async move { drop(locks.lock(&a).await) }
         });
         tokio::task::yield_now().await;
+        locks.leave_alone(&a);
+        assert!(locks.alone().contains(&a));
         drop(held);
+        assert!(locks.alone().is_empty());
         waiting.await.unwrap();
         assert!(locks.busy().is_empty());
         locks.released.notified().await;

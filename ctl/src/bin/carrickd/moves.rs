@@ -81,18 +81,25 @@ pub async fn replace_lost(context: &Context, volume: VolumeRecord, store: StoreI
     if !volume.left_out.contains_key(&store) || volume.joining.contains(&store) {
         return Ok(true);
     }
-    let Some(Ok(status)) = survey::targets(context, [volume.id]).await.remove(&volume.id) else { return Ok(false) };
-    let is_lost = match status.replicas.iter().find(|member| member.store == store).map(|member| member.state) {
-        Some(MemberState::Disconnected | MemberState::Refused) => true,
-        // A process that does nothing still has its connections taken by the kernel.
-        Some(MemberState::Joining) => control::replica_status(&context.run.replica_control(store)).await.is_err(),
-        _ => false,
-    };
-    if !is_lost {
+    if !is_lost(context, &volume, store).await {
         return Ok(false);
     }
     put_elsewhere(context, &volume, store, None, "the old one hasn't counted for long").await?;
     Ok(true)
+}
+
+async fn is_lost(context: &Context, volume: &VolumeRecord, store: StoreId) -> bool {
+    // A process that does nothing still has its connections taken by the kernel.
+    let is_silent = control::replica_status(&context.run.replica_control(store)).await.is_err();
+    match survey::targets(context, [volume.id]).await.remove(&volume.id) {
+        Some(Ok(status)) => match status.replicas.iter().find(|member| member.store == store).map(|member| member.state) {
+            Some(MemberState::Disconnected | MemberState::Refused) => true,
+            Some(MemberState::Joining) => is_silent,
+            _ => false,
+        },
+        // Nobody uses the volume, and nobody can do anything for this replica.
+        _ => is_silent && !context.state().attachments.contains_key(&volume.id),
+    }
 }
 
 async fn begin(context: &Context, volume: &VolumeRecord, [old, new]: [StoreId; 2], why: &str) -> Result<VolumeRecord, Fault> {

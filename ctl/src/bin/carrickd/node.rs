@@ -107,7 +107,7 @@ pub async fn run(context: Arc<Context>, mut inbox: NodeInbox) {
         // Records first: an operation holds its lock before it changes a record, so what is seen unfinished and unlocked is
         // nobody's.
         let state = context.state();
-        observed.busy = context.locks.busy();
+        (observed.busy, observed.alone) = (context.locks.busy(), context.locks.alone());
         let moment = Moment { now: Instant::now(), unix: unix_now(), replace_after: context.replace_after };
         let plan = reconcile(&state, &observed, moment);
         for action in &plan.actions {

@@ -207,6 +207,8 @@ pub struct Observed {
     pub upgrade: UpgradeWork,
     /// Volumes that a caller's operation is working on: it does what is to do.
     pub busy: BTreeSet<VolumeName>,
+    /// Those of them that no target is to tend meanwhile.
+    pub alone: BTreeSet<VolumeName>,
     /// Everything is to end.
     pub stopping: bool,
 }

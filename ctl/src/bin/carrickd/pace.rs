@@ -14,16 +14,17 @@ use carrick_replicator::engine::COPY_RATE_MIN;
 
 use crate::context::Context;
 use crate::control;
-use crate::metadata::{State, VolumeRecord};
+use crate::metadata::{State, VolumePhase, VolumeRecord};
+use crate::observed::ProcessId;
 
 /// A target that couldn't be told is told again after this.
 const TELL_AGAIN: Duration = Duration::from_secs(2);
 
-/// What an attached volume may copy in a second. Nobody gets less than [`COPY_RATE_MIN`]: else a copy would never end.
+/// What a volume may copy in a second. Nobody gets less than [`COPY_RATE_MIN`]: else a copy would never end.
 pub fn rate(state: &State, node: Option<ByteLength>, volume: &VolumeRecord) -> Option<ByteLength> {
     let may_copy = |volume: &VolumeRecord| volume.config().members.len() < volume.replicas.len();
-    let attached = state.attachments.keys().filter_map(|id| state.volumes.get(id));
-    let others = attached.filter(|other| other.id != volume.id && may_copy(other)).count() as u64;
+    let ready = state.volumes.values().filter(|volume| volume.phase == VolumePhase::Ready);
+    let others = ready.filter(|other| other.id != volume.id && may_copy(other)).count() as u64;
     let share = node.map(|node| ByteLength::new(node.get() / (others + 1)).max(COPY_RATE_MIN));
     [volume.rebuild_rate, share].into_iter().flatten().min()
 }
@@ -34,9 +35,11 @@ pub async fn run(context: Arc<Context>) {
     let mut told: BTreeMap<VolumeId, Option<ByteLength>> = BTreeMap::new();
     loop {
         let state = context.state();
-        told.retain(|volume, _| state.attachments.contains_key(volume));
+        let observed = context.node.observed();
+        let has_target = |volume: &VolumeId| state.attachments.contains_key(volume) || observed.answers(ProcessId::Target(*volume));
+        told.retain(|volume, _| has_target(volume));
         let mut all_told = true;
-        for volume in state.attachments.keys().filter_map(|id| state.volumes.get(id)) {
+        for volume in state.volumes.values().filter(|volume| has_target(&volume.id)) {
             let rate = rate(&state, context.rebuild_rate, volume);
             if told.get(&volume.id) == Some(&rate) {
                 continue;
@@ -108,9 +111,11 @@ mod tests {
     }
 
     #[test]
-    fn volumes_that_are_not_attached_have_no_share() {
+    fn volumes_that_nobody_uses_have_their_share_and_those_that_are_deleted_none() {
         let mut state = state(2, 2);
         state.attachments.pop_first();
+        assert_eq!(rates(&state, Some(90)), [Some(45), Some(45)]);
+        state.volumes.values_mut().next().unwrap().phase = VolumePhase::Deleting;
         assert_eq!(rates(&state, Some(90))[1], Some(90));
     }
 }

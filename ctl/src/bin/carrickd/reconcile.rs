@@ -5,6 +5,7 @@
 //!
 //! | Record | Process | Plan |
 //! |---|---|---|
+//! | ready volume, not attached, a replica that lacks something answers, or one may stop counting | none | start a target that tends it |
 //! | store, attachment | not seen yet | look for it, start it if it isn't there |
 //! | store, attachment | ended | start it again, after its pause |
 //! | attaching | ended, saying why | wait: the attachment is being taken back |
@@ -99,7 +100,7 @@ pub struct Moment {
 pub fn reconcile(state: &State, observed: &Observed, moment: Moment) -> Plan {
     let now = moment.now;
     let mut plan = Plan::default();
-    let wanted = wanted(state, observed.stopping);
+    let wanted = wanted(state, observed);
     for &id in &wanted {
         start_what_is_missing(&mut plan, state, id, observed.processes.get(&id), now);
     }
@@ -130,10 +131,21 @@ pub fn reconcile(state: &State, observed: &Observed, moment: Moment) -> Plan {
 }
 
 /// The processes that should run.
-fn wanted(state: &State, stopping: bool) -> BTreeSet<ProcessId> {
-    let replicas = state.stores.keys().filter(|_| !stopping).map(|store| ProcessId::Replica(*store));
+fn wanted(state: &State, observed: &Observed) -> BTreeSet<ProcessId> {
     let targets = state.attachments.keys().map(|volume| ProcessId::Target(*volume));
-    replicas.chain(targets).collect()
+    if observed.stopping {
+        return targets.collect();
+    }
+    let replicas = state.stores.keys().map(|store| ProcessId::Replica(*store));
+    let tended = state.volumes.values().filter(|volume| is_tended(state, observed, volume)).map(|volume| ProcessId::Target(volume.id));
+    replicas.chain(targets).chain(tended).collect()
+}
+
+/// Whether a target is to see to the replicas of a volume that isn't attached: there is something to be done for them, and it can be.
+fn is_tended(state: &State, observed: &Observed, volume: &VolumeRecord) -> bool {
+    let is_free = volume.phase == VolumePhase::Ready && !state.attachments.contains_key(&volume.id);
+    let answers = |store: &StoreId| observed.answers(ProcessId::Replica(*store));
+    is_free && !observed.alone.contains(&volume.name) && (volume.lacking().iter().any(answers) || volume.may_retire())
 }
 
 fn start_what_is_missing(plan: &mut Plan, state: &State, id: ProcessId, process: Option<&Process>, now: Instant) {
@@ -188,12 +200,13 @@ fn work_on(state: &State, observed: &Observed, volume: &VolumeRecord) -> Option<
     }
 }
 
-/// Which replica is replaced next, and when. Of a volume that isn't attached none is: nobody would copy to the new one.
+/// Which replica is replaced next, and when.
 fn replacement(state: &State, volume: &VolumeRecord, moment: Moment) -> Option<(Instant, Work)> {
     let after = moment.replace_after?;
-    let is_attached = state.attachments.get(&volume.id).is_some_and(|attachment| attachment.phase == AttachmentPhase::Attached);
+    let attachment = state.attachments.get(&volume.id).map(|attachment| attachment.phase);
+    let is_settled = volume.phase == VolumePhase::Ready && matches!(attachment, None | Some(AttachmentPhase::Attached));
     let is_known = |store: &StoreId| volume.joining.contains(store) || volume.retiring.contains(store);
-    let lost = volume.left_out.iter().filter(|(store, _)| is_attached && !is_known(store));
+    let lost = volume.left_out.iter().filter(|(store, _)| is_settled && !is_known(store));
     let (store, since) = lost.min_by_key(|(_, since)| **since)?;
     // A clock that was set back counts anew.
     let waited = Duration::from_secs(moment.unix.saturating_sub(*since));
@@ -482,12 +495,45 @@ mod tests {
         let never = lost(UNIX - 700);
         let moment = Moment { now: never.now, unix: UNIX, replace_after: None };
         assert_eq!(reconcile(&never.state, &never.observed, moment), Plan::default());
-        // Nobody would copy to the new one.
-        node(&|volume| volume.left_out = [(other, 0)].into()).does(&[]);
+        // Used or not.
+        node(&|volume| volume.left_out = [(other, 0)].into()).does(&[Do(VOLUME, Work::Replace(other))]);
         // What was begun goes on when its store answers, attached or not.
         node(&|volume| volume.joining.push(STORE)).does(&[Do(VOLUME, Work::Move)]);
         node(&|volume| volume.leaving.push(STORE)).does(&[Do(VOLUME, Work::Move)]);
         node(&|volume| volume.leaving.push(other)).does(&[]);
+    }
+
+    #[test]
+    fn what_nobody_uses_is_tended_as_long_as_that_is_of_use() {
+        use Action::{Launch, Stop, Work as Do};
+        use carrick_replicator::control::VolumeConfig;
+        let other = StoreId::from_bytes([2; 16]);
+        let volume = |members: &[StoreId], change: &dyn Fn(&mut VolumeRecord)| {
+            let mut node = Node::new().store().volume(VolumePhase::Ready);
+            let record = node.state.volumes.get_mut(&VOLUME).unwrap();
+            record.replicas = vec![STORE, other];
+            record.config = Some(VolumeConfig { members: members.to_vec(), ..record.config() });
+            change(record);
+            node.answering(REPLICA)
+        };
+        let lacks = || volume(&[other], &|_| ());
+        lacks().does(&[Launch(TARGET)]);
+        lacks().answering(TARGET).does(&[]);
+        lacks().answering(TARGET).stopping().does(&[Stop(REPLICA), Stop(TARGET)]);
+        // Whoever works on the volume may want that.
+        lacks().busy().answering(TARGET).does(&[]);
+        lacks().busy().answering(TARGET).change(|o| o.alone = o.busy.clone()).does(&[Stop(TARGET)]);
+        // What lacks something can't be reached, or isn't made yet, or is to go anyway.
+        volume(&[STORE], &|_| ()).answering(TARGET).does(&[Stop(TARGET)]);
+        volume(&[other], &|volume| volume.joining = vec![STORE]).does(&[Do(VOLUME, Work::Move)]);
+        volume(&[other], &|volume| volume.retiring = vec![STORE]).does(&[]);
+        // One that is to go does when all others count.
+        volume(&[STORE, other], &|volume| volume.retiring = vec![STORE]).does(&[Launch(TARGET)]);
+        volume(&[STORE], &|volume| volume.retiring = vec![STORE]).does(&[]);
+        volume(&[STORE, other], &|_| ()).does(&[]);
+        // Its target may still be that of an attachment which has just ended.
+        lacks().attachment(AttachmentPhase::Detaching { force: false }).ended(TARGET, Exit::Asked).does(&[Do(VOLUME, Work::Detach)]);
+        lacks().ended(TARGET, Exit::Asked).does(&[Launch(TARGET)]);
     }
 
     #[test]

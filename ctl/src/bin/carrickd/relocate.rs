@@ -13,7 +13,7 @@ use carrick_backing_store::size::HumanSize;
 use carrick_ctl::fault::{Fault, Reason};
 
 use crate::context::{Context, unix_now};
-use crate::metadata::{AttachmentPhase, MoveStep, OperationRecord, OperationState, Outcome, State, Task, VolumeRecord};
+use crate::metadata::{MoveStep, OperationRecord, OperationState, Outcome, State, Task, VolumeRecord};
 use crate::operations::{self, Step};
 use crate::{moves, stores, survey};
 
@@ -96,11 +96,6 @@ pub async fn step(context: &Arc<Context>, volume: &VolumeRecord, [from, to]: [St
 async fn why_it_counts(context: &Context, volume: &VolumeRecord, [from, to]: [StoreId; 2]) -> Fault {
     let state = context.state();
     let name = &volume.name;
-    let attached = state.attachments.get(&volume.id).is_some_and(|attachment| attachment.phase == AttachmentPhase::Attached);
-    if !attached {
-        let message = format!("volume {name} is not attached: only its target copies to the new replica");
-        return Fault::new(Reason::VolumeNotAttached, name, message);
-    }
     match survey::targets(context, [volume.id]).await.remove(&volume.id) {
         Some(Ok(status)) => {
             let counts = |store: StoreId| status.replicas.iter().any(|member| member.store == store && member.counts);

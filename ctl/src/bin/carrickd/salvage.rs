@@ -8,7 +8,7 @@ use carrick_replicator::control::{ReplicaProcessStatus, TargetPhase};
 use crate::context::{Context, unix_now};
 use crate::metadata::{Mutation, VolumeRecord};
 use crate::volumes::{parse_name, ready};
-use crate::{moves, stores, survey};
+use crate::{attach, moves, stores, survey};
 
 /// Makes the content of the replica in one store the volume's.
 pub async fn salvage(context: &Context, name: &str, from: &str) -> Result<VolumeId, Fault> {
@@ -25,6 +25,9 @@ pub async fn salvage(context: &Context, name: &str, from: &str) -> Result<Volume
     let of = |store: &StoreId| answers.get(store)?.as_ref().ok();
     check_content(volume, &from.path.display().to_string(), of(&from.id))?;
     check_need(context, volume, |store| of(store).is_some_and(|status| holds(status, volume.id))).await?;
+    if !state.attachments.contains_key(&volume.id) {
+        attach::end_tending(context, volume).await?;
+    }
     let state = context.apply(Mutation::Salvage { volume: volume.id, from: from.id, at_unix: unix_now() }).await?;
     tracing::warn!(
         volume = %name, store = %from.id,

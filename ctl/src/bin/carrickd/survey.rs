@@ -1,6 +1,6 @@
 //! Asks all processes that answer how they do, at the same time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use carrick_backing_store::{StoreId, VolumeId};
 use carrick_replicator::control::{ReplicaProcessStatus, TargetStatus};
@@ -15,8 +15,9 @@ use crate::view::View;
 /// Looks at everything, with all answers that can be had.
 pub async fn look<T>(context: &Context, what: impl FnOnce(&View<'_>) -> T) -> T {
     let state = context.state();
-    let (replicas, targets) =
-        tokio::join!(self::replicas(context, state.stores.keys().copied()), self::targets(context, state.attachments.keys().copied()));
+    let mut volumes = with_targets(&context.node.observed());
+    volumes.extend(state.attachments.keys());
+    let (replicas, targets) = tokio::join!(self::replicas(context, state.stores.keys().copied()), self::targets(context, volumes));
     let observed = context.node.observed();
     let outdated = programs::outdated(&context.bin_dir, &state, &observed);
     what(&View {
@@ -27,6 +28,15 @@ pub async fn look<T>(context: &Context, what: impl FnOnce(&View<'_>) -> T) -> T 
         replicas: &replicas,
         targets: &targets,
     })
+}
+
+/// The volumes that have a target, attached or not.
+pub fn with_targets(observed: &Observed) -> BTreeSet<VolumeId> {
+    let target = |id: &ProcessId| match id {
+        ProcessId::Target(volume) => Some(*volume),
+        ProcessId::Replica(_) => None,
+    };
+    observed.processes.keys().filter_map(target).collect()
 }
 
 /// An answer, or why there is none.

@@ -109,7 +109,7 @@ impl View<'_> {
     /// One volume.
     pub fn volume(&self, record: &VolumeRecord) -> v1::Volume {
         let attachment = self.state.attachments.get(&record.id);
-        let target = attachment.and_then(|_| self.targets.get(&record.id));
+        let target = self.targets.get(&record.id);
         let members = target.and_then(|answer| answer.as_ref().ok()).map_or(&[][..], |status| &status.replicas);
         let config = record.config();
         let replica = |store: &StoreId| {
@@ -143,6 +143,7 @@ impl View<'_> {
             leaving_stores: record.leaving.iter().map(|store| self.state.place(*store)).collect(),
             salvages: record.salvages.iter().map(|salvage| self.salvage(salvage)).collect(),
             attachment: attachment.map(|attachment| attachment_message(attachment, target)),
+            tended: attachment.is_none() && target.is_some(),
             operation: operations.next(),
             more_operations: operations.collect(),
         }

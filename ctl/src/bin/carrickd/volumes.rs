@@ -276,6 +276,7 @@ pub async fn delete(context: &Context, name: &str) -> Result<Vec<StoreId>, Fault
         let remark = "the volume is deleted".into();
         context.apply_saying(Some(remark), Mutation::PutOperation(operation.given_up(unix_now()).into())).await?;
     }
+    attach::end_tending(context, volume).await?;
     let volume = set_phase(context, volume, VolumePhase::Deleting, None).await?;
     tracing::info!(volume = %name, id = %volume.id, "deleting");
     delete_replicas(context, volume).await

@@ -229,6 +229,21 @@ impl VolumeRecord {
         self.config.clone().unwrap_or_else(first)
     }
 
+    /// The stores whose replicas are made and should count, and don't.
+    pub fn lacking(&self) -> Vec<StoreId> {
+        let members = self.config().members;
+        let lacks = |store: &StoreId| !members.contains(store) && !self.joining.contains(store) && !self.retiring.contains(store);
+        self.replicas.iter().copied().filter(lacks).collect()
+    }
+
+    /// Whether a replica that is to go needn't count any longer, as all that are to stay do.
+    pub fn may_retire(&self) -> bool {
+        let members = self.config().members;
+        let mut stay = self.replicas.iter().filter(|store| !self.retiring.contains(store));
+        self.retiring.iter().any(|store| members.contains(store))
+            && stay.all(|store| members.contains(store) && !self.joining.contains(store))
+    }
+
     /// Other replicas are there than before: whoever reads the record later has the target learn of it, by way of one that is there.
     pub fn change_replicas(&mut self, there: Option<StoreId>) {
         self.config_version += 1;
