@@ -15,8 +15,6 @@ use crate::plan::DeviceId;
 
 /// The exit code of an errand that the driver refused; its errno is the output.
 const REFUSED: u8 = 3;
-/// This program, also if another version has been put in its place by now.
-const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// An errand that is under way.
 #[derive(Debug)]
@@ -33,7 +31,7 @@ pub struct Pending {
 /// There can be no such process.
 pub fn begin(errand: Errand, device: DeviceId) -> Result<Pending, DriverError> {
     let begun = Instant::now();
-    let mut command = Command::new(OWN_PROGRAM);
+    let mut command = Command::new(child::OWN_PROGRAM);
     command.arg("errand").arg(errand.name()).arg(device.0.to_string()).arg(std::process::id().to_string());
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
     let child = child.map_err(|error| errand.failed(device, Cause::Ring(error)))?;

@@ -71,7 +71,7 @@ pub fn make_folder_of(file: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// `Busy` if another process has it.
-pub fn lock(path: &Path, volume: VolumeId) -> Result<File, ControlError> {
+pub fn lock(path: &Path, volume: VolumeId) -> Result<Lock, ControlError> {
     let failed = |error: io::Error| failed(&format!("can't lock {}", path.display()), &error);
     make_folder_of(path).map_err(failed)?;
     loop {
@@ -87,10 +87,33 @@ pub fn lock(path: &Path, volume: VolumeId) -> Result<File, ControlError> {
             Err(error) => return Err(failed(error.into())),
         }
         // A target that ended in between has removed the file: the lock of a file without a name keeps nobody out.
-        let held = file.metadata().map_err(failed)?;
-        if fs::metadata(path).is_ok_and(|named| (named.dev(), named.ino()) == (held.dev(), held.ino())) {
-            return Ok(file);
+        let lock = Lock { file, path: path.to_owned() };
+        if lock.has_its_name().map_err(failed)? {
+            return Ok(lock);
         }
+    }
+}
+
+/// The lock of a volume's target, until it is dropped or the process ends.
+#[derive(Debug)]
+pub struct Lock {
+    file: File,
+    path: PathBuf,
+}
+
+impl Lock {
+    /// Whether others who want it meet this one: not if the file was removed, by a target that was done, or after it had ended.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn has_its_name(&self) -> io::Result<bool> {
+        let held = self.file.metadata()?;
+        Ok(fs::metadata(&self.path).is_ok_and(|named| (named.dev(), named.ino()) == (held.dev(), held.ino())))
+    }
+
+    /// Removes the file, for one who has nothing to do with it after all.
+    pub fn remove(self) {
+        remove(&self.path);
     }
 }
 
@@ -242,8 +265,11 @@ mod tests {
         let volume = config().volume;
         let first = lock(&path, volume).unwrap();
         assert_eq!(lock(&path, volume).unwrap_err().code, ControlErrorCode::Busy);
+        assert!(first.has_its_name().unwrap());
         fs::remove_file(&path).unwrap();
+        assert!(!first.has_its_name().unwrap());
         let second = lock(&path, volume).unwrap();
+        assert!(second.has_its_name().unwrap() && !first.has_its_name().unwrap(), "another file has the name");
         drop(first);
         assert_eq!(lock(&path, volume).unwrap_err().code, ControlErrorCode::Busy);
         drop(second);

@@ -1,5 +1,6 @@
 //! `carrick-target`: serves one attached volume as a block device.
 
+use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,7 +8,7 @@ use std::process::ExitCode;
 use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory};
 use carrick_target::driver::Errand;
 use carrick_target::plan::DeviceId;
-use carrick_target::{errand, mapping, preflight, service, start};
+use carrick_target::{child, errand, mapping, preflight, service, start};
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
@@ -48,6 +49,15 @@ enum Command {
         /// The target's process
         server: u32,
     },
+    /// Become a program that ends with the target that starts it
+    #[command(hide = true)]
+    Tied {
+        /// The target's process
+        parent: u32,
+        /// The program and its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        program: Vec<OsString>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -60,6 +70,7 @@ fn main() -> ExitCode {
             Ok(code) => ExitCode::from(code),
             Err(error) => start::complain(&service::failed(error)),
         },
+        Command::Tied { parent, program } => ExitCode::from(child::tie(parent, &program)),
     }
 }
 

@@ -8,7 +8,7 @@
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
@@ -216,7 +216,8 @@ fn table(disk_number: &str, size: VolumeSize) -> String {
 fn dmsetup(arguments: &[&str]) -> Result<String, MappingError> {
     let command = arguments.join(" ");
     tracing::debug!(command, "dmsetup");
-    let mut child = Command::new("dmsetup")
+    // Left alone, one that was to remove a device by its name might remove the next target's.
+    let mut child = child::tied("dmsetup")
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -234,6 +235,9 @@ fn dmsetup(arguments: &[&str]) -> Result<String, MappingError> {
     let complaint = readers.1.join().unwrap_or_default();
     if status.success() {
         return Ok(said);
+    }
+    if status.code() == Some(child::NO_PROGRAM.into()) {
+        return Err(MappingError::NoProgram(io::ErrorKind::NotFound.into()));
     }
     let complaint = complaint.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ");
     Err(MappingError::Refused { command, said: if complaint.is_empty() { status.to_string() } else { complaint } })

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{self, PathBuf};
 use std::process::ExitCode;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 
 use carrick_backing_store::{BufferPool, VolumeId};
@@ -12,9 +12,10 @@ use carrick_replicator::engine::{ConfigRequest, EngineConfig, MemberIndex, Membe
 use carrick_replicator::io::{ControlSocket, Primary, PrimaryError, Sender, listen_unix, mailbox};
 use uuid::Uuid;
 
-use crate::files;
+use crate::files::{self, Lock};
 use crate::front::{Mailboxes, Notice, Order, TargetFrontEnd};
 use crate::mapping::Mapping;
+use crate::params::LogicalBlock;
 use crate::preflight;
 use crate::process;
 use crate::progress::Progress;
@@ -41,26 +42,63 @@ pub fn run(options: Options) -> ExitCode {
         Ok(options) => options,
         Err(error) => return complain(&failed(format!("can't leave the current folder: {error}"))),
     };
-    let (config, block) = match files::read_config(&options.config) {
-        Ok(config) => config,
+    let (farewell, config, block) = match lock(&options) {
+        Ok(locked) => locked,
+        // Another target lives, or has done all: the file that says why a target ended is not about this one.
         Err(error) => return complain(&error),
     };
-    let volume = config.volume;
-    // Kept until the process ends.
-    let _lock = match files::lock(&options.run.target_lock(volume), volume) {
-        Ok(lock) => lock,
-        // Another target lives: the file that says why a target ended is not about this one.
-        Err(error) => return complain(&error),
-    };
-    files::remove_whole(&options.run.target_failure(volume));
-    let run = options.run.clone();
+    files::remove_whole(&options.run.target_failure(config.volume));
+    let farewell = Arc::new(farewell);
+    let of_panic = Arc::clone(&farewell);
     std::panic::set_hook(Box::new(move |panic| {
         let error = ControlError { code: ControlErrorCode::Failed, message: format!("internal error: {panic}") };
-        record(&run, volume, &error);
+        of_panic.record(&error);
     }));
-    match start(&options, config, block).and_then(|mut service| service.run()) {
+    match start(&options, config, block, &farewell).and_then(|mut service| service.run()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => end(&options.run, volume, &error),
+        Err(error) => farewell.say(&error),
+    }
+}
+
+/// Takes the volume's lock, which is kept until the process ends, and reads what is to be served: by then, another target may have served
+/// it, and taken the device and the configuration away.
+fn lock(options: &Options) -> Result<(Farewell, TargetConfig, LogicalBlock), ControlError> {
+    let volume = files::read_config(&options.config)?.0.volume;
+    let lock = files::lock(&options.run.target_lock(volume), volume)?;
+    match files::read_config(&options.config) {
+        Ok((config, block)) => Ok((Farewell { run: options.run.clone(), volume, lock }, config, block)),
+        Err(error) => {
+            lock.remove();
+            Err(error)
+        }
+    }
+}
+
+/// How a target that holds its volume's lock says why it ends.
+#[derive(Debug)]
+struct Farewell {
+    run: RunDirectory,
+    volume: VolumeId,
+    lock: Lock,
+}
+
+impl Farewell {
+    /// One sentence for people, one file for `carrickd`.
+    fn say(&self, error: &ControlError) -> ExitCode {
+        self.record(error);
+        complain(error)
+    }
+
+    /// Unless this target is done, and the files are gone: the next one's are nothing to it, and nobody would remove it.
+    fn record(&self, error: &ControlError) {
+        let written = match self.lock.has_its_name() {
+            Ok(false) => return,
+            Ok(true) => files::write_failure(&self.run, self.volume, error),
+            Err(failed) => Err(failed),
+        };
+        if let Err(also) = written {
+            tracing::warn!(error = %also, "can't write down why this target ends");
+        }
     }
 }
 
@@ -72,7 +110,7 @@ fn leave_folder(options: Options) -> io::Result<Options> {
     Ok(Options { config, run, ..options })
 }
 
-fn start(options: &Options, config: TargetConfig, block: crate::params::LogicalBlock) -> Result<Service, ControlError> {
+fn start(options: &Options, config: TargetConfig, block: LogicalBlock, farewell: &Arc<Farewell>) -> Result<Service, ControlError> {
     let (mut driver, features) = preflight::open_driver()?;
     features.check()?;
     service::check_unserved(&mut driver, config.volume)?;
@@ -87,7 +125,7 @@ fn start(options: &Options, config: TargetConfig, block: crate::params::LogicalB
     let (notices, notice_receiver) = mpsc::channel();
     let progress = Progress::default();
     let mailboxes = Mailboxes { commands, orders: order_receiver };
-    spawn_queue_thread(options, &config, mailboxes, orders.clone(), notices, &progress)?;
+    spawn_queue_thread(options, &config, mailboxes, orders.clone(), notices, &progress, farewell)?;
     let socket = ControlSocket::serve(listener, command_sender, TargetAnswer::Refused)
         .map_err(|error| failed(format!("can't serve the control socket: {error}")))?;
     let mapping = Mapping::new(&config);
@@ -115,12 +153,12 @@ fn spawn_queue_thread(
     orders: Sender<Order>,
     notices: mpsc::Sender<Notice>,
     progress: &Progress,
+    farewell: &Arc<Farewell>,
 ) -> Result<(), ControlError> {
-    let (options, config, progress) = (options.clone(), config.clone(), progress.clone());
+    let (options, config, progress, farewell) = (options.clone(), config.clone(), progress.clone(), Arc::clone(farewell));
     let records = config.records.as_ref().map(|socket| records::spawn(&config, socket, orders));
     let records = records.transpose().map_err(|error| failed(format!("can't start the thread for the records: {error}")))?;
     let thread = move || {
-        let (run, volume) = (options.run.clone(), config.volume);
         // The main thread must not take the end of the front end for the reason of the end.
         let _main_thread_waits = notices.clone();
         let error = match serve(&options, config, records, mailboxes, notices, progress) {
@@ -128,7 +166,7 @@ fn spawn_queue_thread(
             Err(error) => explain(&error),
         };
         // Not by way of the main thread, which may wait for the driver: requests under way stay with the kernel.
-        end(&run, volume, &error);
+        farewell.say(&error);
         std::process::exit(1);
     };
     thread::Builder::new()
@@ -182,18 +220,6 @@ fn explain(error: &PrimaryError) -> ControlError {
         PrimaryError::Insecure(_) => ControlError { code: ControlErrorCode::Invalid, message: error.to_string() },
         PrimaryError::Ring(_) => ControlError { code: ControlErrorCode::Unsupported, message: error.to_string() },
         PrimaryError::Endpoints { .. } | PrimaryError::Io(_) => failed(error),
-    }
-}
-
-/// One sentence for people, one file for `carrickd`.
-fn end(run: &RunDirectory, volume: VolumeId, error: &ControlError) -> ExitCode {
-    record(run, volume, error);
-    complain(error)
-}
-
-fn record(run: &RunDirectory, volume: VolumeId, error: &ControlError) {
-    if let Err(also) = files::write_failure(run, volume, error) {
-        tracing::warn!(error = %also, "can't write down why this target ends");
     }
 }
 

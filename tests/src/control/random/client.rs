@@ -141,7 +141,8 @@ impl Client {
 
     fn verify(&mut self, slot: &Slot, volume: &Volume) -> anyhow::Result<()> {
         let single = volume.shown["replicas"].as_array().is_some_and(|replicas| replicas.len() == 1);
-        let also: &[&str] = match (volume.attachment.is_some(), single || slot.is_shared) {
+        // One that was being detached may be so by now.
+        let also: &[&str] = match (volume.is_attached(), single || slot.is_shared) {
             (true, true) => &["NOTHING_TO_VERIFY"],
             (true, false) => &[],
             (false, true) => &["VOLUME_NOT_ATTACHED", "NOTHING_TO_VERIFY"],
