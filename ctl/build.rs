@@ -4,9 +4,10 @@ use std::error::Error;
 use std::fs;
 use std::path::PathBuf;
 
-const PROTO: [&str; 6] = [
+const PROTO: [&str; 7] = [
     "carrick/v1/error.proto",
     "carrick/v1/event.proto",
+    "carrick/v1/health.proto",
     "carrick/v1/node.proto",
     "carrick/v1/operation.proto",
     "carrick/v1/store.proto",
@@ -14,9 +15,12 @@ const PROTO: [&str; 6] = [
 ];
 
 /// Enum fields, and the function of `crate::json` that writes them as words.
-const ENUM_FIELDS: [(&str, &str); 12] = [
+const ENUM_FIELDS: [(&str, &str); 15] = [
     ("Store.process", "process_state"),
     ("Store.placement", "store_placement"),
+    ("Store.health", "health"),
+    ("Replica.health", "health"),
+    ("Node.health", "health"),
     ("Volume.state", "volume_state"),
     ("Replica.state", "replica_state"),
     ("Attachment.state", "attachment_state"),

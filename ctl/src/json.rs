@@ -3,7 +3,7 @@
 use serde::Serializer;
 
 use crate::v1::{
-    AttachmentState, DeviceGrowth, Map, OperationKind, OperationState, ProcessKind, ProcessState, ReplicaState, StorePlacement,
+    AttachmentState, DeviceGrowth, Health, Map, OperationKind, OperationState, ProcessKind, ProcessState, ReplicaState, StorePlacement,
     TargetPhase, VolumeState,
 };
 
@@ -31,6 +31,7 @@ as_words! {
     target_phase: TargetPhase, "TARGET_PHASE_";
     device_growth: DeviceGrowth, "DEVICE_GROWTH_";
     map: Map, "MAP_";
+    health: Health, "HEALTH_";
     operation_kind: OperationKind, "OPERATION_KIND_";
     operation_state: OperationState, "OPERATION_STATE_";
 }

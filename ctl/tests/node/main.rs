@@ -7,6 +7,8 @@ mod events;
 #[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
 mod expand;
 #[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
+mod health;
+#[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
 mod placement;
 mod replicas;
 #[expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]

@@ -138,6 +138,29 @@ impl Node {
         self.change_members(volume, |members| members.retain(|store| store.to_string() != lost));
     }
 
+    /// The process of a store, by its id.
+    pub fn pid_of(&self, store: &str) -> u32 {
+        let processes = self.carrick(&["status"]).ok()["processes"].clone();
+        let process = processes.as_array().unwrap().iter().find(|process| process["subject"] == store).unwrap();
+        u32::try_from(process["pid"].as_u64().unwrap()).unwrap()
+    }
+
+    /// Ends a store's process, which doesn't come back, as its files are gone.
+    pub fn take_away(&self, store: &str) {
+        let path = self.path_of(store);
+        fs::rename(path.join("store.json"), path.join("aside")).unwrap();
+        signal(self.pid_of(store), rustix::process::Signal::KILL);
+    }
+
+    pub fn bring_back(&self, store: &str) {
+        let path = self.path_of(store);
+        fs::rename(path.join("aside"), path.join("store.json")).unwrap();
+    }
+
+    fn path_of(&self, store: &str) -> PathBuf {
+        self.carrick(&["store", "show", store]).ok()["path"].as_str().map(PathBuf::from).unwrap()
+    }
+
     /// What a target says when all replicas have everything.
     pub fn take_back(&self, volume: &Value) {
         let stores = volume["replicas"].as_array().unwrap().iter().map(|replica| replica["store"].as_str().unwrap().parse().unwrap());

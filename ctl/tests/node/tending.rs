@@ -1,12 +1,10 @@
 //! Volumes that nobody uses, whose replicas are seen to all the same.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
-use rustix::process::Signal;
 use serde_json::Value;
 
-use super::support::{Node, signal};
+use super::support::Node;
 
 fn show(node: &Node) -> Value {
     node.carrick(&["volume", "show", "vm1"]).ok()
@@ -22,20 +20,6 @@ fn created(node: &Node) -> (Value, Vec<String>) {
 fn told(node: &Node, volume: &Value) -> Option<Value> {
     let path = node.run(&format!("target/{}.json", volume["id"].as_str().unwrap()));
     Some(serde_json::from_slice(&fs::read(path).ok()?).unwrap())
-}
-
-/// Ends a store's process, which doesn't come back, as its files are gone.
-fn take_away(node: &Node, store: &str) -> PathBuf {
-    let path = node.carrick(&["store", "show", store]).ok()["path"].as_str().map(PathBuf::from).unwrap();
-    fs::rename(path.join("store.json"), path.join("aside")).unwrap();
-    let processes = node.carrick(&["status"]).ok()["processes"].clone();
-    let process = processes.as_array().unwrap().iter().find(|process| process["subject"] == store).unwrap();
-    signal(u32::try_from(process["pid"].as_u64().unwrap()).unwrap(), Signal::KILL);
-    path
-}
-
-fn bring_back(path: &Path) {
-    fs::rename(path.join("aside"), path.join("store.json")).unwrap();
 }
 
 fn wait_tended(node: &Node) -> Value {
@@ -96,11 +80,11 @@ fn a_store_that_is_away_keeps_no_process_busy_and_a_deleted_volume_none() {
     let node = Node::new(3);
     let (volume, stores) = created(&node);
     node.carrick(&["attach", "vm1"]).ok();
-    let away = take_away(&node, &stores[1]);
+    node.take_away(&stores[1]);
     node.leave_out(&volume, &stores[1]);
     node.carrick(&["detach", "vm1"]).ok();
     wait_at_rest(&node);
-    bring_back(&away);
+    node.bring_back(&stores[1]);
     wait_tended(&node);
     node.carrick(&["volume", "delete", "vm1"]).ok();
     node.carrick(&["volume", "show", "vm1"]).fails(3, "VOLUME_NOT_FOUND");
@@ -117,7 +101,7 @@ fn a_lost_replica_of_a_volume_that_nobody_uses_is_replaced() {
     let (volume, stores) = created(&node);
     node.carrick(&["attach", "vm1"]).ok();
     node.carrick(&["detach", "vm1"]).ok();
-    take_away(&node, &stores[1]);
+    node.take_away(&stores[1]);
     node.leave_out(&volume, &stores[1]);
     let after = node
         .wait_for("another one in its place", |node| Some(show(node)).filter(|shown| !shown["replicas"].to_string().contains(&stores[1])));

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1::{
-    Attachment, AttachmentState, GetStatusResponse, Process, ProcessKind, ProcessState, Replica, ReplicaState, Scrub, Store,
+    Attachment, AttachmentState, GetStatusResponse, Health, Process, ProcessKind, ProcessState, Replica, ReplicaState, Scrub, Store,
     StorePlacement, StoreUsage, TargetPhase, Upgrade, Verification, Volume, VolumeState,
 };
 
@@ -54,9 +54,21 @@ const fn available(usage: &StoreUsage) -> u64 {
 fn store_state(store: &Store) -> &'static str {
     match store.placement() {
         _ if store.poisoned.is_some() => "poisoned",
+        _ if store.health() > Health::Ready => health(store.health()),
         StorePlacement::Disabled if store.process() == ProcessState::Running => "disabled",
         StorePlacement::Evicting if store.process() == ProcessState::Running => "evicting",
         _ => process_state(store.process()),
+    }
+}
+
+/// How something is, by evidence over time.
+fn health(health: Health) -> &'static str {
+    match health {
+        Health::Unspecified => "unknown",
+        Health::Ready => "ready",
+        Health::Reconnecting => "reconnecting",
+        Health::Degraded => "degraded",
+        Health::Failed => "failed",
     }
 }
 
@@ -79,6 +91,7 @@ pub fn store(store: &Store) -> String {
     line("id", &store.id);
     line("path", &store.path);
     line("state", store_state(store));
+    line("process", process_state(store.process()));
     line("replicas", placement(store));
     if let Some(listen) = &store.listen {
         line("listens on", listen);
@@ -384,7 +397,11 @@ fn replica_stage(replica: &Replica) -> String {
     match replica.state() {
         ReplicaState::Unspecified => "unknown".into(),
         ReplicaState::Idle => "idle".into(),
-        ReplicaState::Disconnected => "disconnected".into(),
+        ReplicaState::Disconnected => match replica.health() {
+            Health::Degraded => "disconnected for a while".into(),
+            Health::Failed => "disconnected for long".into(),
+            Health::Unspecified | Health::Ready | Health::Reconnecting => "disconnected".into(),
+        },
         ReplicaState::Joining => "joining".into(),
         ReplicaState::InSync => "in sync".into(),
         ReplicaState::Copying => match (replica.copied_bytes, replica.copy_total_bytes) {
@@ -445,6 +462,7 @@ mod tests {
             copy_seconds_left: copied.map(|_| 200),
             last_error: None,
             counts: true,
+            health: Health::Unspecified.into(),
         }
     }
 
@@ -527,7 +545,9 @@ mod tests {
         assert_eq!(of(&[(InSync, true), (InSync, true), (Disconnected, true)]), "any 1 of 2 copies at once");
         assert_eq!(of(&[(InSync, true), (Copying, false)]), "nothing: what was written last is in /srv/a alone");
         assert!(of(&[(Disconnected, true), (Copying, false)]).starts_with("nothing: no replica"));
-        assert_eq!(replica_state(&Replica { counts: false, ..replica(Disconnected, None) }), "disconnected, doesn't count");
+        let away = |health: Health| replica_state(&Replica { counts: false, health: health.into(), ..replica(Disconnected, None) });
+        assert_eq!(away(Health::Reconnecting), "disconnected, doesn't count");
+        assert_eq!(away(Health::Failed), "disconnected for long, doesn't count");
     }
 
     #[test]
@@ -548,8 +568,10 @@ mod tests {
         assert!(text.contains("available    2 GiB       of what is free: for new volumes\n"), "{text}");
         let list = stores(std::slice::from_ref(&shown));
         assert!(list.contains("/srv/a  poisoned  2 GiB      10 GiB"), "{list}");
-        let healthy = Store { poisoned: None, ..shown };
-        assert!(store(&healthy).contains("poisoned     no\n"));
+        let away = Store { poisoned: None, health: Health::Reconnecting.into(), ..shown.clone() };
+        assert!(stores(std::slice::from_ref(&away)).contains("/srv/a  reconnecting"));
+        let healthy = Store { poisoned: None, health: Health::Ready.into(), ..shown };
+        assert!(store(&healthy).contains("poisoned     no\n") && store(&healthy).contains("state        running\n"));
         let once = Scrub { bytes_per_second: 1, passes: 1, damaged_blocks: 1, ..Scrub::default() };
         assert_eq!(scrub_state(&once), "1 pass, 0 B verified, 1 damaged block");
         assert_eq!(scrub_state(&Scrub::default()), "off");

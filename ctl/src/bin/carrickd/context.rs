@@ -14,6 +14,7 @@ use crate::locks::Locks;
 use crate::metadata::{MetadataError, MetadataStore, Mutation, NewEvent, Occasion, State};
 use crate::node::NodeHandle;
 use crate::observed::ProcessId;
+use crate::reconcile::Moment;
 
 /// See the module.
 pub struct Context {
@@ -81,6 +82,11 @@ impl Gate {
 }
 
 impl Context {
+    /// The time, and what depends on it.
+    pub fn moment(&self) -> Moment {
+        Moment { now: Instant::now(), unix: unix_now(), replace_after: self.replace_after }
+    }
+
     /// What is wanted now.
     pub fn state(&self) -> Arc<State> {
         self.metadata.state()

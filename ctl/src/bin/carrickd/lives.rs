@@ -9,6 +9,7 @@
 //! | runs | should answer by now | silent |
 //! | was silent, or ended by itself before | answers | recovered |
 
+use crate::health::Health;
 use crate::metadata::{EventKind, NewEvent, State, Subject, VolumeRecord, place, subject};
 use crate::observed::{EndRequest, Exit, Process, ProcessId, ProcessState};
 
@@ -37,6 +38,19 @@ pub fn told(state: &State, id: ProcessId, before: Option<&Process>, after: &Proc
         }));
     }
     events
+}
+
+/// What the log is told when a store is better or worse than it was.
+pub fn judged(state: &State, id: ProcessId, health: Health, at_unix: u64) -> Option<NewEvent> {
+    let ProcessId::Replica(store) = id else { return None };
+    let (kind, text) = match health {
+        Health::Ready => (EventKind::StoreReady, "is ready again"),
+        Health::Degraded => (EventKind::StoreDegraded, "is degraded: its carrick-replica doesn't come back, or ends again and again"),
+        Health::Failed => (EventKind::StoreFailed, "has failed: its carrick-replica hasn't answered for long"),
+        Health::Reconnecting => return None,
+    };
+    let subject = Subject::Store(place(state, store));
+    state.stores.contains_key(&store).then(|| NewEvent { at_unix, kind, subject, replica: None, text: text.into() })
 }
 
 /// What has changed for those who need the process.

@@ -7,6 +7,7 @@ mod control;
 mod events;
 mod expand;
 mod explain;
+mod health;
 mod launch;
 mod lives;
 mod locks;

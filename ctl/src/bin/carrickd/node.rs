@@ -12,7 +12,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use crate::context::{Context, unix_now};
 use crate::observed::{Event, Observed, Process, ProcessId};
 use crate::pidfd::PidFd;
-use crate::reconcile::{Action, Moment, Work, reconcile};
+use crate::reconcile::{Action, Work, reconcile};
 use crate::{launch, lives, upgrade, volumes};
 
 /// Events that wait for the loop at most. It takes microseconds for each; a sender would wait.
@@ -108,8 +108,7 @@ pub async fn run(context: Arc<Context>, mut inbox: NodeInbox) {
         // nobody's.
         let state = context.state();
         (observed.busy, observed.alone) = (context.locks.busy(), context.locks.alone());
-        let moment = Moment { now: Instant::now(), unix: unix_now(), replace_after: context.replace_after };
-        let plan = reconcile(&state, &observed, moment);
+        let plan = reconcile(&state, &observed, context.moment());
         for action in &plan.actions {
             perform(&context, &mut observed, *action);
         }
@@ -186,6 +185,10 @@ fn perform(context: &Arc<Context>, observed: &mut Observed, action: Action) {
             observed.processes.remove(&id);
             context.node.forget(id);
             launch::clean_up(&context.run, id);
+        }
+        Action::Tell(id, health) => {
+            observed.on_told(id, health);
+            context.note(lives::judged(&context.state(), id, health, unix_now()).into_iter().collect());
         }
         Action::Upgrade => {
             observed.on_upgrade();

@@ -8,6 +8,8 @@ use carrick_backing_store::{StoreId, VolumeId};
 use carrick_ctl::name::VolumeName;
 use carrick_replicator::control::{ControlError, ControlErrorCode};
 
+use crate::health::Health;
+
 /// A process that lived so long was healthy: its next death is restarted at once.
 pub const STABLE_AFTER: Duration = Duration::from_secs(10);
 /// Pause before the restart after the second quick death in a row; doubled with every further one.
@@ -129,6 +131,12 @@ pub struct Process {
     pub adopted: bool,
     /// Whether this carrickd kills it, to start another.
     pub killed: bool,
+    /// How often in a row it didn't, although it had answered.
+    pub flaps: u32,
+    /// Since when it doesn't answer although it should.
+    pub silent_since: Option<Instant>,
+    /// What the log was told of its health, which begins as ready.
+    pub told: Health,
 }
 
 /// Where an operation's request to a process to end stands.
@@ -144,7 +152,10 @@ pub enum EndRequest {
 
 impl Process {
     fn new(state: ProcessState) -> Self {
-        Self { state, restarts: 0, quick_deaths: 0, last_exit: None, request: EndRequest::None, adopted: false, killed: false }
+        let (last_exit, request) = (None, EndRequest::None);
+        let (restarts, quick_deaths, flaps) = (0, 0, 0);
+        let (adopted, killed, silent_since, told) = (false, false, None, Health::Ready);
+        Self { state, restarts, quick_deaths, last_exit, request, adopted, killed, flaps, silent_since, told }
     }
 
     /// Whether it answers on its control socket.
@@ -313,9 +324,13 @@ impl Observed {
             }
             Event::Answering(id) => {
                 self.set_answers(id, Answers::Yes);
+                self.process(id).silent_since = None;
                 self.on_answering(id, now);
             }
-            Event::Hung(id) => self.set_answers(id, Answers::Hung),
+            Event::Hung(id) => {
+                self.set_answers(id, Answers::Hung);
+                self.process(id).silent_since.get_or_insert(now);
+            }
             Event::Killed(id) => self.process(id).killed = true,
             Event::Absent(id) => self.process(id).state = ProcessState::Down { not_before: now },
             Event::EndAsked(id) => self.process(id).request = EndRequest::Asked,
@@ -389,6 +404,11 @@ impl Observed {
         self.work.insert(volume, WorkState::Running { failures });
     }
 
+    /// The log is told of a process's health.
+    pub fn on_told(&mut self, id: ProcessId, health: Health) {
+        self.process(id).told = health;
+    }
+
     /// A step of the upgrade is under way.
     pub fn on_upgrade(&mut self) {
         self.upgrade.running = true;
@@ -411,7 +431,9 @@ impl Observed {
         let entry = self.process(id);
         let asked = entry.request == EndRequest::Granted || matches!(entry.state, ProcessState::Stopping { .. });
         let stable = matches!(entry.state, ProcessState::Alive { since, .. } if now.duration_since(since) >= STABLE_AFTER);
-        entry.quick_deaths = if stable || asked || entry.killed { 0 } else { entry.quick_deaths.saturating_add(1) };
+        let was_quick = !(stable || asked || entry.killed);
+        entry.quick_deaths = if was_quick { entry.quick_deaths.saturating_add(1) } else { 0 };
+        entry.flaps = if was_quick { entry.flaps.saturating_add(entry.answers().into()) } else { 0 };
         let pause = match entry.quick_deaths {
             0 | 1 => Duration::ZERO,
             deaths => doubled(RESTART_PAUSE_MIN, deaths - 2, RESTART_PAUSE_MAX),
@@ -421,6 +443,8 @@ impl Observed {
         entry.killed = false;
         if asked {
             entry.request = EndRequest::None;
+        } else {
+            entry.silent_since.get_or_insert(now);
         }
     }
 

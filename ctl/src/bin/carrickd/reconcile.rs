@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use carrick_backing_store::{StoreId, VolumeId};
 
+use crate::health::{self, Health, Patience};
 use crate::metadata::{AttachmentPhase, State, VolumePhase, VolumeRecord};
 use crate::observed::{EndRequest, Exit, Observed, Process, ProcessId, ProcessState, WorkState};
 
@@ -64,6 +65,8 @@ pub enum Action {
     Work(VolumeId, Work),
     /// Do the next step of the upgrade.
     Upgrade,
+    /// Write down that a store's process is better or worse than it was.
+    Tell(ProcessId, Health),
 }
 
 /// What to do, and when to think again if nothing happens before.
@@ -81,8 +84,13 @@ impl Plan {
         if when <= now {
             self.actions.push(action);
         } else {
-            self.wake_at = Some(self.wake_at.map_or(when, |earlier| earlier.min(when)));
+            self.wake(when);
         }
+    }
+
+    /// Thinks again then.
+    fn wake(&mut self, when: Instant) {
+        self.wake_at = Some(self.wake_at.map_or(when, |earlier| earlier.min(when)));
     }
 }
 
@@ -103,6 +111,7 @@ pub fn reconcile(state: &State, observed: &Observed, moment: Moment) -> Plan {
     let wanted = wanted(state, observed);
     for &id in &wanted {
         start_what_is_missing(&mut plan, state, id, observed.processes.get(&id), now);
+        judge(&mut plan, id, observed.processes.get(&id), moment);
     }
     for (&id, process) in observed.processes.iter().filter(|(id, _)| !wanted.contains(id)) {
         match process.state {
@@ -156,6 +165,16 @@ fn start_what_is_missing(plan: &mut Plan, state: &State, id: ProcessId, process:
         }
         Some(_) => {}
     }
+}
+
+/// What is away for a while is no news beyond its end, of which the log is told anyway.
+fn judge(plan: &mut Plan, id: ProcessId, process: Option<&Process>, moment: Moment) {
+    let (ProcessId::Replica(_), Some(process)) = (id, process) else { return };
+    let (health, change) = health::of_process(process, Patience::new(moment.replace_after), moment.now);
+    if health != Health::Reconnecting && health != process.told {
+        plan.actions.push(Action::Tell(id, health));
+    }
+    change.into_iter().for_each(|change| plan.wake(change));
 }
 
 /// Whether an operation waits for the answer to its request to end: it decides what the end meant.
@@ -321,7 +340,10 @@ mod tests {
 
         #[track_caller]
         fn does(self, actions: &[Action]) -> Self {
-            assert_eq!(self.plan(), Plan { actions: actions.to_vec(), wake_at: None });
+            // A store that is silent is judged again.
+            let silent = self.observed.processes.get(&REPLICA).filter(|_| !self.state.stores.is_empty() && !self.observed.stopping);
+            let wake_at = silent.and_then(|process| process.silent_since).map(|since| since + Duration::from_secs(30));
+            assert_eq!(self.plan(), Plan { actions: actions.to_vec(), wake_at });
             self
         }
     }
@@ -364,6 +386,27 @@ mod tests {
         assert_eq!(node.plan(), Plan { actions: vec![], wake_at: Some(node.now + pause) });
         let later = Node { now: node.now + pause, ..node };
         later.does(&[Action::Launch(REPLICA)]);
+    }
+
+    #[test]
+    fn the_log_is_told_once_when_a_store_is_worse_and_when_it_is_ready() {
+        let silent = Node::new().store().answering(REPLICA).event(Event::Ended { process: REPLICA, exit: killed() });
+        let launching = silent.change(|o| o.on_launch(REPLICA));
+        let after = |node: Node, seconds: u64| Node { now: node.now + Duration::from_secs(seconds), ..node };
+        let plan = |node: &Node, actions: &[Action], wake: Option<u64>| {
+            let wake_at = wake.map(|seconds| node.now + Duration::from_secs(seconds));
+            assert_eq!(node.plan(), Plan { actions: actions.to_vec(), wake_at });
+        };
+        plan(&launching, &[], Some(30));
+        let degraded = after(launching, 30);
+        plan(&degraded, &[Action::Tell(REPLICA, Health::Degraded)], Some(570));
+        let told = degraded.change(|o| o.on_told(REPLICA, Health::Degraded));
+        plan(&told, &[], Some(570));
+        let failed = after(told, 570);
+        plan(&failed, &[Action::Tell(REPLICA, Health::Failed)], None);
+        let back = failed.change(|o| o.on_told(REPLICA, Health::Failed)).answering(REPLICA);
+        plan(&back, &[Action::Tell(REPLICA, Health::Ready)], None);
+        plan(&back.change(|o| o.on_told(REPLICA, Health::Ready)), &[], None);
     }
 
     #[test]

@@ -77,7 +77,9 @@ impl Services {
         };
         let observed = self.context.node.observed();
         let outdated = BTreeSet::new();
-        Ok(View { state, trouble: None, observed: &observed, outdated: &outdated, replicas: &replicas, targets: &targets }.volume(record))
+        let moment = self.context.moment();
+        let view = View { state, trouble: None, observed: &observed, outdated: &outdated, replicas: &replicas, targets: &targets, moment };
+        Ok(view.volume(record))
     }
 }
 

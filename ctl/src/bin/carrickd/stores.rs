@@ -15,6 +15,7 @@ use serde::Deserialize;
 use tokio::process::Command;
 
 use crate::context::{Context, unix_now};
+use crate::health::{self, Patience};
 use crate::metadata::{Mutation, Placement, State, StoreRecord, VolumeRecord};
 use crate::observed::ProcessId;
 use crate::{placement, programs, survey};
@@ -167,15 +168,21 @@ pub async fn choose(context: &Context, given: &[String], count: usize) -> Result
     Ok(free.into_iter().take(count).map(|(_, id)| id).collect())
 }
 
-/// The stores that answer and take new replicas, and how much room each has, those with the most first.
+/// The stores that answer and take new replicas, and how much room each has: those that are as they should be, those with the most first.
 async fn with_most_room(context: &Context, state: &State) -> Vec<(ByteLength, StoreId)> {
     let enabled = state.stores.values().filter(|record| record.placement == Placement::Enabled).map(|record| record.id);
     let answers = survey::replicas(context, enabled).await.into_iter();
     let usable = answers.filter_map(|(id, status)| Some((id, status.ok().filter(|status| status.poisoned.is_none())?)));
-    let room = |(id, status): (StoreId, ReplicaProcessStatus)| Some((state.stores.get(&id)?.room(&status.usage), id));
-    let mut free: Vec<_> = usable.filter_map(room).collect();
-    free.sort_unstable_by_key(|(free, id)| (std::cmp::Reverse(*free), *id));
-    free
+    let (observed, moment) = (context.node.observed(), context.moment());
+    let patience = Patience::new(moment.replace_after);
+    let judged = |(id, status): (StoreId, ReplicaProcessStatus)| {
+        let room = state.stores.get(&id)?.room(&status.usage);
+        let process = observed.processes.get(&ProcessId::Replica(id));
+        Some((health::of_store(process, Some(&Ok(status)), patience, moment.now), std::cmp::Reverse(room), id))
+    };
+    let mut free: Vec<_> = usable.filter_map(judged).collect();
+    free.sort_unstable();
+    free.into_iter().map(|(_, std::cmp::Reverse(room), id)| (room, id)).collect()
 }
 
 /// A store for one more replica of a volume: the given one, or of those without one that with the most free space.

@@ -27,6 +27,7 @@ pub async fn look<T>(context: &Context, what: impl FnOnce(&View<'_>) -> T) -> T 
         outdated: &outdated,
         replicas: &replicas,
         targets: &targets,
+        moment: context.moment(),
     })
 }
 

@@ -200,6 +200,7 @@ mod tests {
     //! A table: each row sets up a node that is healthy but for something, and says what is done next.
 
     use std::collections::{BTreeMap, BTreeSet};
+    use std::time::Instant;
 
     use carrick_backing_store::{ByteLength, StoreUsage, VolumeId, VolumeSize};
     use carrick_replicator::control::{ReplicaProcessStatus, ScrubReport};
@@ -209,6 +210,7 @@ mod tests {
     use super::*;
     use crate::metadata::tests::{attachment, store, volume};
     use crate::observed::Observed;
+    use crate::reconcile::Moment;
     use crate::survey::Answer;
 
     const A: ProcessId = replica(1);
@@ -274,7 +276,8 @@ mod tests {
 
         fn step(&self) -> Step {
             let (observed, Self { state, outdated, replicas, targets }) = (Observed::default(), self);
-            next_step(&View { state, trouble: None, observed: &observed, outdated, replicas, targets })
+            let moment = Moment { now: Instant::now(), unix: 0, replace_after: None };
+            next_step(&View { state, trouble: None, observed: &observed, outdated, replicas, targets, moment })
         }
 
         #[track_caller]

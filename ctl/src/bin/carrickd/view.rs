@@ -1,6 +1,7 @@
 //! Records and answers of processes, as the messages of `carrick.v1`. No I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use carrick_backing_store::{StoreId, StoreUsage, VolumeId};
 use carrick_ctl::v1;
@@ -8,11 +9,13 @@ use carrick_replicator::control::{
     DamagedReplica, Map, MemberReport, MemberState, ReplicaProcessStatus, ScrubReport, TargetPhase, TargetStatus, VerificationReport,
 };
 
+use crate::health::{self, Health, Patience};
 use crate::metadata::{
     AttachmentPhase, AttachmentRecord, Placement, SalvageRecord, State, StoreRecord, Trouble, VolumePhase, VolumeRecord,
 };
 use crate::observed::{Answers, Observed, Process, ProcessId, ProcessState};
 use crate::operations;
+use crate::reconcile::Moment;
 use crate::survey::Answer;
 
 /// An upgrade that had to wait so often in a row, over about five seconds, waits for more than the start of a process.
@@ -32,6 +35,8 @@ pub struct View<'a> {
     pub replicas: &'a BTreeMap<StoreId, Answer<ReplicaProcessStatus>>,
     /// What the attached volumes' processes say.
     pub targets: &'a BTreeMap<VolumeId, Answer<TargetStatus>>,
+    /// When.
+    pub moment: Moment,
 }
 
 impl View<'_> {
@@ -69,7 +74,18 @@ impl View<'_> {
             warning_percent: record.warning.get().into(),
             warning: status.and_then(|status| record.warning(&status.usage)),
             leaving_volumes: self.state.volumes_leaving(record.id).map(|volume| volume.name.to_string()).collect(),
+            health: v1::Health::from(self.health(record.id)).into(),
         }
+    }
+
+    fn patience(&self) -> Patience {
+        Patience::new(self.moment.replace_after)
+    }
+
+    /// How a store is.
+    fn health(&self, store: StoreId) -> Health {
+        let process = self.observed.processes.get(&ProcessId::Replica(store));
+        health::of_store(process, self.replicas.get(&store), self.patience(), self.moment.now)
     }
 
     /// The node in a few numbers.
@@ -77,6 +93,8 @@ impl View<'_> {
         let usages = || self.replicas.values().flatten().map(|status| &status.usage);
         let mut attached_volumes: Vec<_> = self.state.attached().map(|volume| volume.name.to_string()).collect();
         attached_volumes.sort();
+        let worst = self.state.stores.keys().map(|store| self.health(*store)).max().unwrap_or_default();
+        let own = if self.trouble.is_some() { Health::Degraded } else { Health::Ready };
         v1::Node {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             takes_targets: !self.state.node.refuses_targets,
@@ -86,6 +104,8 @@ impl View<'_> {
             capacity_bytes: usages().map(|usage| usage.capacity.get()).sum(),
             available_bytes: usages().map(|usage| usage.available().get()).sum(),
             attached_volumes,
+            health: v1::Health::from(worst.max(own).min(Health::Degraded)).into(),
+            upgrade: self.upgrade(),
         }
     }
 
@@ -118,7 +138,10 @@ impl View<'_> {
                 Some(member) => replica_in_target(member, place),
                 None => self.replica_in_store(record.id, *store, place),
             };
-            v1::Replica { counts: config.members.contains(store), ..shown }
+            let shown = v1::Replica { counts: config.members.contains(store), ..shown };
+            let silent = record.left_out.get(store).map(|since| Duration::from_secs(self.moment.unix.saturating_sub(*since)));
+            let health = health::of_replica(&shown, silent, self.patience(), self.health(*store));
+            v1::Replica { health: v1::Health::from(health).into(), ..shown }
         };
         let state = match record.phase {
             VolumePhase::Creating => v1::VolumeState::Creating,
@@ -326,6 +349,7 @@ fn replica_in_target(member: &MemberReport, store_path: String) -> v1::Replica {
         copy_seconds_left: member.seconds_left,
         last_error: member.last_error.clone(),
         counts: member.counts,
+        health: v1::Health::Unspecified.into(),
     }
 }
 

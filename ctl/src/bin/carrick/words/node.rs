@@ -5,7 +5,7 @@ use std::fmt::Write;
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1::{DrainNodeResponse, Node, Operation, OperationState, Store};
 
-use super::{NONE, operation_line};
+use super::{NONE, health, operation_line};
 
 /// What may come to a node, and what is there.
 pub fn node(node: &Node) -> String {
@@ -15,6 +15,10 @@ pub fn node(node: &Node) -> String {
         let _ = writeln!(text, "{name:<12}{value}");
     };
     line("carrickd", &node.version);
+    line("health", health(node.health()));
+    if let Some(upgrade) = &node.upgrade {
+        line("upgrade", &format!("under way, {} processes are left", upgrade.left));
+    }
     line("targets", if node.takes_targets { "volumes may be attached" } else { "no more volumes are attached" });
     line("replicas", if node.takes_replicas { "replicas may be made" } else { "no more replicas are made" });
     let (available, capacity) = (HumanSize(node.available_bytes), HumanSize(node.capacity_bytes));

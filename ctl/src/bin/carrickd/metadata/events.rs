@@ -153,6 +153,12 @@ kinds! {
     StoreDisabled = "STORE_DISABLED", false;
     /// It takes none, and those that are there go elsewhere.
     StoreEvicting = "STORE_EVICTING", false;
+    /// It has been away for a while, or flaps.
+    StoreDegraded = "STORE_DEGRADED", true;
+    /// It has been away for long.
+    StoreFailed = "STORE_FAILED", true;
+    /// It is as it should be, after that.
+    StoreReady = "STORE_READY", true;
 }
 
 /// A store, as it was when something happened.

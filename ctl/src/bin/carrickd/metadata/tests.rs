@@ -480,8 +480,8 @@ fn events() -> Vec<NewEvent> {
         replica,
         text: text(kind),
     };
-    use EventKind::{ReplicaRetiring, StoreDisabled, StoreEnabled, StoreEvicting};
-    let came_later = [ReplicaRetiring, StoreDisabled, StoreEnabled, StoreEvicting];
+    use EventKind::{ReplicaRetiring, StoreDegraded, StoreDisabled, StoreEnabled, StoreEvicting, StoreFailed, StoreReady};
+    let came_later = [ReplicaRetiring, StoreDisabled, StoreEnabled, StoreEvicting, StoreDegraded, StoreFailed, StoreReady];
     let first = EventKind::ALL.iter().filter(|kind| !came_later.contains(kind));
     let mut all: Vec<_> = first.map(|kind| of(&volume, *kind, None, 1_700_000_020)).collect();
     all.push(of(&Subject::Store(place.clone()), EventKind::ProcessCrashed, None, 1_700_000_021));
