@@ -299,7 +299,8 @@ impl Engine {
             Phase::Serving => {
                 let joined = count(Member::is_joined);
                 let trouble = self.config_trouble().map_or(String::new(), |trouble| format!("; {trouble}"));
-                Some(format!("{joined} of the {all} replicas that count are in sync and connected, {majority} are needed{trouble}"))
+                let lost = self.lost();
+                Some(format!("{joined} of the {all} replicas that count are in sync and connected, {majority} are needed{lost}{trouble}"))
             }
             _ if self.configs.record().is_none() || matches!(self.phase, Phase::Taking) => {
                 Some(self.config_trouble().unwrap_or_else(|| "the metadata store is asked which replicas count".to_owned()))
@@ -323,6 +324,24 @@ impl Engine {
             return String::new();
         }
         format!("; {} must come back: what was written last is there, and the replicas that answer lack it", absent.join(" or "))
+    }
+
+    /// Who has come back without what it had acknowledged, and what can be done about it.
+    fn lost(&self) -> String {
+        let voters = self.voters();
+        let lost: Vec<&str> =
+            voters.iter().filter(|index| self.members[index.0].promised().is_some()).map(|index| self.label(index)).collect();
+        if lost.is_empty() {
+            return String::new();
+        }
+        let what = "without what was acknowledged last, since its disk has failed or its machine has lost power";
+        let all_are_there = voters.iter().all(|index| self.members[index.0].promised().is_some() || self.members[index.0].is_joined());
+        let way_out = if all_are_there {
+            "no other has it: once the volume is detached by force and attached again, it goes on with what there is"
+        } else {
+            "another must come back"
+        };
+        format!("; {} has come back {what}, and {way_out}", lost.join(" and "))
     }
 
     /// What people call a replica.

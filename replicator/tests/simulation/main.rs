@@ -130,6 +130,16 @@ fn planted_bugs_are_found() {
     assert!(missed.is_empty(), "not found in {RUNS_THAT_FIND} runs from seed {first} on: {missed:?}");
 }
 
+#[test]
+fn a_lone_replica_that_lost_what_it_had_acknowledged_stops_the_volume_until_somebody_says_so() {
+    for store in [StoreKind::Memory, StoreKind::Map] {
+        let mut world = World::new(Plan { replicas: 1, store, rot: false, grows: false, moves: false, ..plan(3, LOG_LINES) });
+        let told = world.lose_what_one_alone_had().unwrap();
+        assert!(told.contains("has come back without what was acknowledged last"), "{told}");
+        assert!(told.contains("detached by force and attached again"), "{told}");
+    }
+}
+
 fn variable(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is a number, not {value:?}")))
 }

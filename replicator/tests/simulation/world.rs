@@ -6,6 +6,7 @@
 //! beside its successor; loss of power of one machine or of all; blocks that rot; syncs that fail. What is not: bytes (frames are
 //! passed whole), and more faults at once than the protocol is meant to survive.
 
+mod alone;
 mod client;
 mod epochs;
 mod faults;
