@@ -248,6 +248,8 @@ fn a_node_refuses_what_it_is_told_to_and_gives_up_what_nobody_uses() {
     let shown = node.carrick(&["node", "show"]).ok();
     assert_eq!((&shown["takes_targets"], &shown["takes_replicas"]), (&true.into(), &false.into()), "{shown}");
     assert_eq!(shown["attached_volumes"], serde_json::json!(["vm1", "vm2"]));
+    let told = node.own_events();
+    assert_eq!(told.iter().filter(|kind| *kind == "NODE_CHANGED").count(), 3, "{told:?}");
 
     let drained = node.carrick(&["node", "drain"]).ok();
     assert_eq!(drained["detached_volumes"], serde_json::json!(["vm1", "vm2"]), "{drained}");

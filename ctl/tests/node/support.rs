@@ -138,6 +138,13 @@ impl Node {
         self.change_members(volume, |members| members.retain(|store| store.to_string() != lost));
     }
 
+    /// The kinds of what has happened to the node itself.
+    pub fn own_events(&self) -> Vec<String> {
+        let events = self.carrick(&["events"]).ok();
+        let own = events.as_array().unwrap().iter().filter(|event| event["volume"].is_null() && event["store"].is_null());
+        own.map(|event| event["kind"].as_str().unwrap().to_owned()).collect()
+    }
+
     /// The process of a store, by its id.
     pub fn pid_of(&self, store: &str) -> u32 {
         let processes = self.carrick(&["status"]).ok()["processes"].clone();

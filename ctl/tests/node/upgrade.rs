@@ -61,6 +61,7 @@ fn every_process_is_replaced_once_and_only_if_its_program_was() {
     all_are_new(&node, &before);
     let status = node.carrick(&["status"]).ok();
     assert_eq!(status["problems"], serde_json::json!([]), "{status}");
+    assert_eq!(node.own_events(), ["CARRICKD_STARTED", "UPGRADE_STARTED", "UPGRADE_FINISHED"]);
 
     let [replicas, targets] = ["replica", "target"].map(|kind| node.pids(kind));
     node.install("carrick-target");

@@ -60,7 +60,7 @@ impl Filter {
         match (self, &event.subject) {
             (Self::All, _) => true,
             (Self::Volume(text), Subject::Volume { id, name }) => name.as_str() == text || id.to_string() == *text,
-            (Self::Volume(_), Subject::Store(_)) => false,
+            (Self::Volume(_), Subject::Store(_) | Subject::Node) => false,
             (Self::Store(text), _) => event.place().is_some_and(|place| place.path == *text || stores::is_beginning(place.id, text)),
         }
     }
@@ -126,7 +126,7 @@ pub async fn read(context: &Arc<Context>, request: v1::ReadEventsRequest) -> Res
 fn message(event: &EventRecord) -> v1::Event {
     let (volume_id, volume) = match &event.subject {
         Subject::Volume { id, name } => (Some(id.to_string()), Some(name.to_string())),
-        Subject::Store(_) => (None, None),
+        Subject::Store(_) | Subject::Node => (None, None),
     };
     v1::Event {
         number: event.number.get(),

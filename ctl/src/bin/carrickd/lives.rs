@@ -40,6 +40,12 @@ pub fn told(state: &State, id: ProcessId, before: Option<&Process>, after: &Proc
     events
 }
 
+/// That this carrickd serves.
+pub fn daemon_started(at_unix: u64) -> NewEvent {
+    let text = format!("carrickd {} serves", env!("CARGO_PKG_VERSION"));
+    NewEvent { at_unix, kind: EventKind::DaemonStarted, subject: Subject::Node, replica: None, text }
+}
+
 /// What the log is told when a store is better or worse than it was.
 pub fn judged(state: &State, id: ProcessId, health: Health, at_unix: u64) -> Option<NewEvent> {
     let ProcessId::Replica(store) = id else { return None };

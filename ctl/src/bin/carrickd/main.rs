@@ -53,7 +53,7 @@ use tokio::sync::Notify;
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing_subscriber::EnvFilter;
 
-use crate::context::{Context, Gate};
+use crate::context::{Context, Gate, unix_now};
 use crate::metadata::RedbStore;
 use crate::service::Services;
 
@@ -205,6 +205,7 @@ async fn run(context: Arc<Context>, inbox: node::NodeInbox) -> anyhow::Result<()
         .add_service(nodes)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move { ends.notified().await });
     tracing::info!(version = env!("CARGO_PKG_VERSION"), run_dir = %context.run.root().display(), "serving");
+    context.note(vec![lives::daemon_started(unix_now())]);
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::pin!(server);

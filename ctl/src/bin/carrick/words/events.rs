@@ -4,8 +4,6 @@ use std::mem::MaybeUninit;
 
 use carrick_ctl::v1::Event;
 
-use super::NONE;
-
 /// Lines of events.
 pub fn events(events: &[Event]) -> String {
     if events.is_empty() { "no events\n".into() } else { events.iter().map(event_line).collect() }
@@ -20,7 +18,7 @@ fn line(event: &Event, time: impl Fn(u64) -> String) -> String {
     let what = match (&event.volume, &event.store) {
         (Some(volume), _) => format!("volume {volume}"),
         (None, Some(store)) => format!("store {store}"),
-        (None, None) => NONE.into(),
+        (None, None) => "node".into(),
     };
     let often = match event.times {
         0 | 1 => String::new(),
@@ -63,6 +61,8 @@ mod tests {
         assert_eq!(line(&event, |unix| unix.to_string()), "9  volume vm1: its carrick-target was killed (3 times since 7)\n");
         let once = Event { times: 1, volume: None, ..event };
         assert_eq!(line(&once, |unix| unix.to_string()), "9  store /srv/a: its carrick-target was killed\n");
+        let of_node = Event { store: None, text: "carrickd 1 serves".into(), ..once };
+        assert_eq!(line(&of_node, |unix| unix.to_string()), "9  node: carrickd 1 serves\n");
         assert_eq!(events(&[]), "no events\n");
     }
 

@@ -159,6 +159,14 @@ kinds! {
     StoreFailed = "STORE_FAILED", true;
     /// It is as it should be, after that.
     StoreReady = "STORE_READY", true;
+    /// A carrickd serves.
+    DaemonStarted = "CARRICKD_STARTED", false;
+    /// What may come to the node.
+    NodeChanged = "NODE_CHANGED", false;
+    /// An upgrade of the node's processes was asked for.
+    UpgradeStarted = "UPGRADE_STARTED", false;
+    /// It is done.
+    UpgradeFinished = "UPGRADE_FINISHED", false;
 }
 
 /// A store, as it was when something happened.
@@ -183,6 +191,8 @@ pub enum Subject {
     },
     /// A store.
     Store(Place),
+    /// The node itself.
+    Node,
 }
 
 /// The same, for ever.
@@ -192,6 +202,8 @@ pub enum SubjectId {
     Volume(VolumeId),
     /// A store.
     Store(StoreId),
+    /// The node itself.
+    Node,
 }
 
 impl Subject {
@@ -200,6 +212,7 @@ impl Subject {
         match self {
             Self::Volume { id, .. } => SubjectId::Volume(*id),
             Self::Store(place) => SubjectId::Store(place.id),
+            Self::Node => SubjectId::Node,
         }
     }
 }
@@ -246,7 +259,7 @@ impl EventRecord {
     pub fn place(&self) -> Option<&Place> {
         match &self.subject {
             Subject::Store(place) => Some(place),
-            Subject::Volume { .. } => self.replica.as_ref(),
+            Subject::Volume { .. } | Subject::Node => self.replica.as_ref(),
         }
     }
 

@@ -272,6 +272,7 @@ impl State {
         match subject {
             SubjectId::Volume(volume) => self.volumes.contains_key(&volume),
             SubjectId::Store(store) => self.stores.contains_key(&store),
+            SubjectId::Node => true,
         }
     }
 

@@ -43,7 +43,8 @@ struct Story<'a> {
 impl Story<'_> {
     fn of(&self, mutation: &Mutation) -> Vec<NewEvent> {
         match mutation {
-            Mutation::PutNode(_) | Mutation::SetUpgrade(_) => Vec::new(),
+            Mutation::PutNode(_) => self.node_changed().into_iter().collect(),
+            Mutation::SetUpgrade(_) => self.upgrade().into_iter().collect(),
             Mutation::PutStore(record) => self.put_store(record).into_iter().collect(),
             Mutation::RemoveStore(id) => {
                 let record = self.before.stores.get(id);
@@ -79,6 +80,26 @@ impl Story<'_> {
             None => text.to_owned(),
         };
         NewEvent { at_unix: self.occasion.at_unix, kind, subject, replica, text }
+    }
+
+    fn node_changed(&self) -> Option<NewEvent> {
+        let what = |state: &State| (state.node.refuses_targets, state.node.refuses_replicas);
+        if what(self.before) == what(self.after) {
+            return None;
+        }
+        let takes = |refuses: bool| if refuses { "no more" } else { "new" };
+        let (targets, replicas) = what(self.after);
+        let text = format!("the node takes {} volumes and {} replicas", takes(targets), takes(replicas));
+        Some(self.event(EventKind::NodeChanged, Subject::Node, None, &text))
+    }
+
+    fn upgrade(&self) -> Option<NewEvent> {
+        let (kind, text) = match (&self.before.node.upgrade, &self.after.node.upgrade) {
+            (None, Some(_)) => (EventKind::UpgradeStarted, "processes of older programs are replaced, one at a time"),
+            (Some(_), None) => (EventKind::UpgradeFinished, "all processes run the programs that are installed"),
+            _ => return None,
+        };
+        Some(self.event(kind, Subject::Node, None, text))
     }
 
     fn put_store(&self, record: &StoreRecord) -> Option<NewEvent> {
