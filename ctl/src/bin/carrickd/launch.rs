@@ -13,6 +13,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use carrick_backing_store::VolumeId;
 use carrick_replicator::control::{ControlError, ControlErrorCode, Map, ReplicaAddress, ReplicaRequest, RunDirectory, TargetConfig};
 use carrick_replicator::endpoint::Endpoint;
 use rustix::fs::FlockOperation;
@@ -34,6 +35,8 @@ const ANSWER_PAUSE_MIN: Duration = Duration::from_millis(5);
 const ANSWER_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// A process that said that it ends is killed if it hasn't by then.
 pub const END_LIMIT: Duration = Duration::from_secs(10);
+/// For a target without a device to take the request to end. Somebody may wait for that who wants to attach the volume.
+const TENDER_LIMIT: Duration = Duration::from_secs(5);
 /// A log file over this size is put aside (as `.old`) at the next start of its process.
 const LOG_MAX: u64 = 16 << 20;
 /// Longest end of a log file that is searched for the last sentence of a process.
@@ -329,6 +332,13 @@ pub async fn stop(context: Arc<Context>, id: ProcessId) {
                 tracing::warn!(process = %id, %error, "didn't take the request to end");
             }
         }
+        ProcessId::Target(volume) if tends(&context.run, volume) => {
+            // It has no device, and what it was copying is copied again: it may as well be killed.
+            if !matches!(tokio::time::timeout(TENDER_LIMIT, control::detach(&socket, false)).await, Ok(Ok(()))) {
+                tracing::warn!(process = %id, "doesn't answer, and is killed");
+                pidfd.kill();
+            }
+        }
         ProcessId::Target(_) => {
             if let Err(error) = control::detach(&socket, false).await {
                 tracing::warn!(process = %id, %error, "runs without an attachment, and doesn't end");
@@ -337,6 +347,12 @@ pub async fn stop(context: Arc<Context>, id: ProcessId) {
         }
     }
     kill_unless_it_ends(id, &pidfd).await;
+}
+
+/// Whether the target that runs makes no device.
+fn tends(run: &RunDirectory, volume: VolumeId) -> bool {
+    let config = fs::read(run.target_config(volume)).ok();
+    config.and_then(|text| serde_json::from_slice::<TargetConfig>(&text).ok()).is_some_and(|config| config.tends)
 }
 
 /// Kills a process, for another one to be started in its place.
