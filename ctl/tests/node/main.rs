@@ -29,7 +29,7 @@ fn a_volume_lives_from_creation_to_deletion() {
     let volume = node.carrick(&["volume", "create", "vm1", "--size", "20G"]).ok();
     assert_eq!((volume["size_bytes"].as_u64(), volume["state"].as_str()), (Some(20 << 30), Some("ready")));
     assert_eq!(volume["replicas"].as_array().unwrap().len(), 3);
-    assert_eq!((0..3).map(|store| node.replicas_in(store)).sum::<usize>(), 3);
+    assert_eq!(node.replicas_in_all(3), 3);
 
     assert_eq!(node.carrick(&["attach", "vm1"]).ok()["device"], "/dev/ublkb7");
     let volume = node.carrick(&["volume", "show", "vm1"]).ok();
@@ -45,7 +45,7 @@ fn a_volume_lives_from_creation_to_deletion() {
         || fs::read_dir(node.path("state/log")).unwrap().flatten().filter(|log| log.file_name().to_string_lossy().starts_with("target"));
     assert_eq!(logs().count(), 1);
     node.carrick(&["volume", "delete", "vm1"]).ok();
-    assert_eq!((0..3).map(|store| node.replicas_in(store)).sum::<usize>(), 0);
+    assert_eq!(node.replicas_in_all(3), 0);
     assert_eq!(logs().count(), 0, "its target's log is left");
     node.carrick(&["volume", "show", "vm1"]).fails(3, "VOLUME_NOT_FOUND");
     node.carrick(&["volume", "delete", "vm1"]).fails(3, "VOLUME_NOT_FOUND");

@@ -63,7 +63,7 @@ fn a_store_is_emptied_while_its_volumes_are_used() {
     operation(&node, "succeeded", "drop");
     assert_eq!(node.carrick(&["store", "evict", &old.to_string(), "--wait"]).ok()["volumes"], serde_json::json!([]));
     assert_eq!(stores(&show(&node)), [second, third, during[3]]);
-    assert_eq!((0..4).map(|store| node.replicas_in(store)).sum::<usize>(), 3);
+    assert_eq!(node.replicas_in_all(4), 3);
     let kinds: Vec<String> =
         node.carrick(&["events", "vm1"]).ok().as_array().unwrap().iter().map(|event| event["kind"].to_string()).collect();
     for kind in ["REPLICA_RETIRING", "REPLICA_ADDED", "REPLICA_LEFT_OUT", "REPLICA_COUNTS", "REPLICA_DELETED", "OPERATION_SUCCEEDED"] {
@@ -100,7 +100,7 @@ fn a_move_is_finished_by_the_next_daemon_whatever_step_the_last_one_died_at() {
             take_in(&node, &volume, old);
         }
         operation(&node, "succeeded", "drop");
-        node.wait_for("the old one to be deleted", |node| ((0..4).map(|store| node.replicas_in(store)).sum::<usize>() == 3).then_some(()));
+        node.wait_for("the old one to be deleted", |node| (node.replicas_in_all(4) == 3).then_some(()));
         assert!(!stores(&show(&node)).contains(&old), "{step}");
         assert!(show(&node)["replicas"].as_array().unwrap().iter().all(|replica| replica["counts"] == true), "{step}");
     }
@@ -117,9 +117,7 @@ fn a_move_is_taken_back_until_the_new_replica_counts() {
     });
     node.carrick(&["operation", "cancel", waiting["id"].as_str().unwrap()]).ok();
     let unmade = |node: &Node| {
-        node.wait_for("the new replica to be deleted", |node| {
-            ((0..4).map(|store| node.replicas_in(store)).sum::<usize>() == 3).then_some(())
-        });
+        node.wait_for("the new replica to be deleted", |node| (node.replicas_in_all(4) == 3).then_some(()));
     };
     unmade(&node);
     assert_eq!(stores(&show(&node)), before);
@@ -159,7 +157,7 @@ fn a_replica_that_is_larger_than_its_volume_is_in_no_moves_way() {
     operation(&node, "running", "copy");
     take_in(&node, &volume, old);
     operation(&node, "succeeded", "drop");
-    node.wait_for("the old one to be deleted", |node| ((0..4).map(|store| node.replicas_in(store)).sum::<usize>() == 3).then_some(()));
+    node.wait_for("the old one to be deleted", |node| (node.replicas_in_all(4) == 3).then_some(()));
     let findings = node.carrick(&["explain", "vm1"]).ok()["findings"].clone();
     assert!(!findings.to_string().contains("REPLICA_JOINING"), "{findings}");
 }
@@ -199,7 +197,7 @@ fn a_lost_replica_leaves_a_store_that_is_emptied_at_once_and_a_deleted_volume_en
     node.carrick(&["detach", "vm1"]).ok();
     node.carrick(&["volume", "delete", "vm1"]).ok();
     assert_eq!(node.carrick(&["operation", "list"]).ok()[0]["state"], "cancelled");
-    node.wait_for("all replicas to be deleted", |node| ((0..4).map(|store| node.replicas_in(store)).sum::<usize>() == 0).then_some(()));
+    node.wait_for("all replicas to be deleted", |node| (node.replicas_in_all(4) == 0).then_some(()));
 }
 
 #[test]

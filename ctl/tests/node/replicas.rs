@@ -70,7 +70,7 @@ fn a_replica_that_no_longer_counts_is_replaced_in_another_store() {
     assert_eq!((&after[0], &after[2]), (&before[0], &before[2]), "in the same place");
     assert!(!before.contains(&after[1]), "{after:?}");
     wait_left(&node);
-    assert_eq!((0..4).map(|store| node.replicas_in(store)).sum::<usize>(), 3);
+    assert_eq!(node.replicas_in_all(4), 3);
     node.wait_for("a target that knows it", |node| (!node.pids("target").is_empty() && node.pids("target") != target).then_some(()));
     // The store that lost it may be taken away now; the other may not.
     node.carrick(&["store", "remove", &before[1]]).ok();
@@ -104,7 +104,7 @@ fn a_volume_whose_counting_replicas_are_lost_is_salvaged_only_if_that_is_said() 
     assert_eq!(shown["leaving_stores"].as_array().unwrap().len(), 1);
     signal(u32::try_from(lost["pid"].as_u64().unwrap()).unwrap(), Signal::CONT);
     wait_left(&node);
-    assert_eq!((0..3).map(|store| node.replicas_in(store)).sum::<usize>(), 1);
+    assert_eq!(node.replicas_in_all(3), 1);
     // With more replicas it is as before.
     assert_eq!(node.carrick(&["volume", "add-replica", "vm1"]).ok()["replicas"].as_array().unwrap().len(), 2);
     let shown = node.carrick(&["volume", "add-replica", "vm1"]).ok();

@@ -109,6 +109,11 @@ impl Node {
         entries.filter(|entry| entry.path().extension().is_some_and(|extension| extension == "replica")).count()
     }
 
+    /// The same of so many stores together.
+    pub fn replicas_in_all(&self, stores: usize) -> usize {
+        (0..stores).map(|number| self.replicas_in(number)).sum()
+    }
+
     fn daemon_command(&self, run_dir: &str, state_dir: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_carrickd"));
         command.arg("--run-dir").arg(self.path(run_dir)).arg("--state-dir").arg(self.path(state_dir));

@@ -95,7 +95,7 @@ fn a_store_that_is_away_keeps_no_process_busy_and_a_deleted_volume_none() {
     node.carrick(&["volume", "delete", "vm1"]).ok();
     node.carrick(&["volume", "show", "vm1"]).fails(3, "VOLUME_NOT_FOUND");
     assert_eq!(node.pids("target"), [0_u32; 0]);
-    assert_eq!((0..3).map(|store| node.replicas_in(store)).sum::<usize>(), 0);
+    assert_eq!(node.replicas_in_all(3), 0);
 }
 
 #[test]

@@ -61,6 +61,12 @@ fn store_state(store: &Store) -> &'static str {
     }
 }
 
+/// A line that says one thing.
+fn property(text: &mut String, name: &str, value: &str) {
+    // Writing to a string can't fail.
+    let _ = writeln!(text, "{name:<12}{value}");
+}
+
 /// How something is, by evidence over time.
 fn health(health: Health) -> &'static str {
     match health {
@@ -84,10 +90,7 @@ fn placement(store: &Store) -> &'static str {
 /// One store.
 pub fn store(store: &Store) -> String {
     let mut text = String::new();
-    let mut line = |name: &str, value: &str| {
-        // Writing to a string can't fail.
-        let _ = writeln!(text, "{name:<13}{value}");
-    };
+    let mut line = |name: &str, value: &str| property(&mut text, name, value);
     line("id", &store.id);
     line("path", &store.path);
     line("state", store_state(store));
@@ -158,10 +161,7 @@ pub fn volumes(volumes: &[Volume]) -> String {
 /// One volume, with its replicas.
 pub fn volume(volume: &Volume) -> String {
     let mut text = String::new();
-    let mut line = |name: &str, value: &str| {
-        // Writing to a string can't fail.
-        let _ = writeln!(text, "{name:<12}{value}");
-    };
+    let mut line = |name: &str, value: &str| property(&mut text, name, value);
     line("name", &volume.name);
     line("id", &volume.id);
     line("size", &format!("{} ({} bytes)", HumanSize(volume.size_bytes), volume.size_bytes));
@@ -562,16 +562,16 @@ mod tests {
             ..Store::default()
         };
         let text = store(&shown);
-        for line in ["state        poisoned\n", "poisoned     a sync failed\n", "2 passes, 1 GiB verified, 3 damaged blocks\n"] {
+        for line in ["state       poisoned\n", "poisoned    a sync failed\n", "2 passes, 1 GiB verified, 3 damaged blocks\n"] {
             assert!(text.contains(line), "{line:?}: {text}");
         }
-        assert!(text.contains("available    2 GiB       of what is free: for new volumes\n"), "{text}");
+        assert!(text.contains("available   2 GiB       of what is free: for new volumes\n"), "{text}");
         let list = stores(std::slice::from_ref(&shown));
         assert!(list.contains("/srv/a  poisoned  2 GiB      10 GiB"), "{list}");
         let away = Store { poisoned: None, health: Health::Reconnecting.into(), ..shown.clone() };
         assert!(stores(std::slice::from_ref(&away)).contains("/srv/a  reconnecting"));
         let healthy = Store { poisoned: None, health: Health::Ready.into(), ..shown };
-        assert!(store(&healthy).contains("poisoned     no\n") && store(&healthy).contains("state        running\n"));
+        assert!(store(&healthy).contains("poisoned    no\n") && store(&healthy).contains("state       running\n"));
         let once = Scrub { bytes_per_second: 1, passes: 1, damaged_blocks: 1, ..Scrub::default() };
         assert_eq!(scrub_state(&once), "1 pass, 0 B verified, 1 damaged block");
         assert_eq!(scrub_state(&Scrub::default()), "off");

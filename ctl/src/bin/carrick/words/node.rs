@@ -5,15 +5,12 @@ use std::fmt::Write;
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1::{DrainNodeResponse, Node, Operation, OperationState, Store};
 
-use super::{NONE, health, operation_line};
+use super::{NONE, health, operation_line, property};
 
 /// What may come to a node, and what is there.
 pub fn node(node: &Node) -> String {
     let mut text = String::new();
-    let mut line = |name: &str, value: &str| {
-        // Writing to a string can't fail.
-        let _ = writeln!(text, "{name:<12}{value}");
-    };
+    let mut line = |name: &str, value: &str| property(&mut text, name, value);
     line("carrickd", &node.version);
     line("health", health(node.health()));
     if let Some(upgrade) = &node.upgrade {

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1::{DeviceGrowth, ExpandVolumeResponse, ExplainVolumeResponse, Finding, Operation, OperationKind, OperationState};
 
-use super::{NONE, ago};
+use super::{NONE, ago, property};
 use crate::table::Table;
 
 /// What becomes of a request to expand a volume, or would.
@@ -66,10 +66,7 @@ pub fn operations(operations: &[Operation]) -> String {
 /// One operation.
 pub fn operation(operation: &Operation) -> String {
     let mut text = String::new();
-    let mut line = |name: &str, value: &str| {
-        // Writing to a string can't fail.
-        let _ = writeln!(text, "{name:<12}{value}");
-    };
+    let mut line = |name: &str, value: &str| property(&mut text, name, value);
     line("operation", &operation.id);
     line("volume", &operation.volume);
     line("what", &what(operation));
