@@ -11,8 +11,8 @@ use crate::wire::RequestId;
 /// Answer times below this count as equal: then reads go round, and every disk gets its share.
 const QUICK: Duration = Duration::from_micros(200);
 /// One read in so many goes to whoever has least to do, quick or not, to learn whether a slow one has become quick. Few enough not to
-/// show in the slowest hundredth of all reads.
-const PROBE_EVERY: u64 = 256;
+/// show in the slowest hundredth of all reads; and a prime, so that whose turn it is then isn't always the same member's.
+const PROBE_EVERY: u64 = 257;
 /// How much of the smoothed answer time the last one makes: a share of one in so many.
 const SMOOTHING: u32 = 8;
 
@@ -136,6 +136,9 @@ impl Engine {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use super::super::MEMBERS_MAX;
     use super::*;
 
     #[test]
@@ -145,5 +148,14 @@ mod tests {
         let after = |count: u32| (0..count).fold(slow, |time, _| smoothed(time, quick));
         assert!(after(8) > slow / 4, "a single quick answer says little");
         assert!(after(60) < QUICK, "many say it all");
+    }
+
+    #[test]
+    fn every_member_has_its_turn_to_be_probed() {
+        for members in 1..=MEMBERS_MAX as u64 {
+            // Both go on by one with each read.
+            let turns: BTreeSet<u64> = (1..=members).map(|probe| (probe * PROBE_EVERY - 1) % members).collect();
+            assert_eq!(turns.len() as u64, members);
+        }
     }
 }
