@@ -189,7 +189,9 @@ async fn wait_until_serving(context: &Context, volume: &VolumeRecord, first: boo
             match &status {
                 TargetStatus { phase: TargetPhase::Serving, device: Some(device), .. } => return Ok(device.clone()),
                 // It only tends the replicas: an earlier carrickd was killed just after it had started it, and it wasn't found in time.
-                TargetStatus { phase: TargetPhase::Serving, device: None, .. } => end_stray(context, volume.id).await,
+                TargetStatus { phase: TargetPhase::Serving, device: None, .. } => {
+                    launch::kill_what_runs(context, ProcessId::Target(volume.id)).await;
+                }
                 _ => last = Some(status),
             }
         }
@@ -198,13 +200,6 @@ async fn wait_until_serving(context: &Context, volume: &VolumeRecord, first: boo
         pause = (pause * 2).min(POLL_MAX);
     }
     Err(timed_out(context, volume, last))
-}
-
-async fn end_stray(context: &Context, volume: VolumeId) {
-    let id = ProcessId::Target(volume);
-    if let Some(pidfd) = context.node.pidfd(id) {
-        launch::kill(context, id, &pidfd).await;
-    }
 }
 
 fn timed_out(context: &Context, volume: &VolumeRecord, last: Option<TargetStatus>) -> Fault {

@@ -361,6 +361,13 @@ pub async fn kill(context: &Context, id: ProcessId, pidfd: &PidFd) {
     pidfd.kill();
 }
 
+/// The same by its name, if it runs.
+pub async fn kill_what_runs(context: &Context, id: ProcessId) {
+    if let Some(pidfd) = context.node.pidfd(id) {
+        kill(context, id, &pidfd).await;
+    }
+}
+
 /// For a process that is done: losing it loses nothing (a replica's acknowledged writes survive its death).
 pub async fn kill_unless_it_ends(id: ProcessId, pidfd: &PidFd) {
     if tokio::time::timeout(END_LIMIT, pidfd.ended()).await.is_err() {

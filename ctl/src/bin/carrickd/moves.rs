@@ -131,10 +131,7 @@ pub async fn join(context: &Context, volume: VolumeRecord) -> Result<VolumeRecor
     if volume.joining.is_empty() {
         return Ok(volume);
     }
-    let id = ProcessId::Target(volume.id);
-    if let Some(target) = context.node.pidfd(id) {
-        launch::kill(context, id, &target).await;
-    }
+    launch::kill_what_runs(context, ProcessId::Target(volume.id)).await;
     change(context, volume.clone(), VolumeRecord { joining: Vec::new(), ..volume }).await
 }
 

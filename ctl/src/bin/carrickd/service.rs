@@ -67,7 +67,7 @@ impl Services {
     async fn look_at_volume(&self, state: &State, id: VolumeId) -> Result<v1::Volume, Status> {
         let gone = || Fault::new(Reason::VolumeNotFound, id, "that is done, but the volume is gone again: somebody else has deleted it");
         let record = state.volumes.get(&id).ok_or_else(gone)?;
-        let has_target = state.attachments.contains_key(&id) || survey::with_targets(&self.context.node.observed()).contains(&id);
+        let has_target = survey::with_targets(state, &self.context.node.observed()).contains(&id);
         let targets = survey::targets(&self.context, has_target.then_some(id)).await;
         // The target knows more of its replicas than they do.
         let replicas = if targets.values().any(Result::is_ok) {

@@ -8,6 +8,7 @@ use tokio::task::JoinSet;
 
 use crate::context::Context;
 use crate::control::{self, CallError};
+use crate::metadata::State;
 use crate::observed::{Answers, Observed, Process, ProcessId, ProcessState};
 use crate::programs;
 use crate::view::View;
@@ -15,8 +16,7 @@ use crate::view::View;
 /// Looks at everything, with all answers that can be had.
 pub async fn look<T>(context: &Context, what: impl FnOnce(&View<'_>) -> T) -> T {
     let state = context.state();
-    let mut volumes = with_targets(&context.node.observed());
-    volumes.extend(state.attachments.keys());
+    let volumes = with_targets(&state, &context.node.observed());
     let (replicas, targets) = tokio::join!(self::replicas(context, state.stores.keys().copied()), self::targets(context, volumes));
     let observed = context.node.observed();
     let outdated = programs::outdated(&context.bin_dir, &state, &observed);
@@ -31,13 +31,13 @@ pub async fn look<T>(context: &Context, what: impl FnOnce(&View<'_>) -> T) -> T 
     })
 }
 
-/// The volumes that have a target, attached or not.
-pub fn with_targets(observed: &Observed) -> BTreeSet<VolumeId> {
+/// The volumes that have a target, or are to have one since they are attached.
+pub fn with_targets(state: &State, observed: &Observed) -> BTreeSet<VolumeId> {
     let target = |id: &ProcessId| match id {
         ProcessId::Target(volume) => Some(*volume),
         ProcessId::Replica(_) => None,
     };
-    observed.processes.keys().filter_map(target).collect()
+    observed.processes.keys().filter_map(target).chain(state.attachments.keys().copied()).collect()
 }
 
 /// An answer, or why there is none.
