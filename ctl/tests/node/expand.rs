@@ -27,12 +27,8 @@ fn replica_sizes(node: &Node, stores: usize) -> Vec<u64> {
     sizes
 }
 
-fn operations(node: &Node) -> Vec<Value> {
-    node.carrick(&["operation", "list"]).ok().as_array().unwrap().clone()
-}
-
 fn wait_ended(node: &Node) -> Value {
-    node.wait_for("the operation to end", |node| operations(node).into_iter().next().filter(|found| found["state"] != "running"))
+    node.wait_for("the operation to end", |node| node.operations("expand").into_iter().next().filter(|found| found["state"] != "running"))
 }
 
 #[test]
@@ -44,7 +40,7 @@ fn a_volume_grows_and_never_shrinks() {
     assert_eq!((&answer["findings"], &answer["serves"]), (&serde_json::json!([]), &false.into()), "{answer}");
     let answer = node.carrick(&["volume", "expand", "vm1", "2G", "--dry-run"]).ok();
     assert_eq!((answer["device"].as_str(), answer["operation"].is_null()), (Some("not-attached"), true), "{answer}");
-    assert_eq!((size(&node, "vm1"), operations(&node).len()), (GIB, 0));
+    assert_eq!((size(&node, "vm1"), node.operations("expand").len()), (GIB, 0));
 
     let answer = node.carrick(&["volume", "expand", "vm1", "2G", "--wait"]).ok();
     assert_eq!((answer["operation"]["state"].as_str(), answer["from_bytes"].as_u64()), (Some("succeeded"), Some(GIB)), "{answer}");
@@ -62,8 +58,13 @@ fn a_volume_grows_and_never_shrinks() {
     node.carrick(&["volume", "expand", "vm1", "3G", "--wait"]).ok();
     assert_eq!((size(&node, "vm1"), device_size(&node, "vm1")), (3 * GIB, Some(3 * GIB)));
 
-    let id = operations(&node)[0]["id"].as_str().unwrap().to_owned();
-    assert_eq!(id, "2", "the newest first");
+    let id = node.operations("expand")[0]["id"].as_str().unwrap().to_owned();
+    let others = ["create", "expand", "attach", "expand"].into_iter().rev();
+    let listed = node.carrick(&["operation", "list"]).ok();
+    let listed =
+        listed.as_array().unwrap().iter().map(|operation| (operation["kind"].as_str().unwrap(), operation["state"].as_str().unwrap()));
+    assert!(listed.eq(others.map(|kind| (kind, "succeeded"))), "the newest first");
+    assert_eq!(id, "4");
     node.carrick(&["operation", "show", "two"]).fails(2, "INVALID_FIELD");
     let shown = node.carrick(&["operation", "show", &id]).ok();
     assert_eq!((shown["volume"].as_str(), shown["to_bytes"].as_u64()), (Some("vm1"), Some(3 * GIB)));
@@ -83,7 +84,7 @@ fn a_request_that_is_made_again_under_its_name_finds_its_operation() {
     let message = node.carrick(&["volume", "expand", "vm1", "5G", "--key", "a"]).fails(2, "INVALID_FIELD");
     assert!(message.contains("another request had this key"), "{message}");
     node.carrick(&["volume", "expand", "vm1", "5G", "--key", &"k".repeat(129)]).fails(2, "INVALID_FIELD");
-    assert_eq!((size(&node, "vm1"), operations(&node).len()), (3 * GIB, 2));
+    assert_eq!((size(&node, "vm1"), node.operations("expand").len()), (3 * GIB, 2));
 }
 
 #[test]
@@ -114,7 +115,7 @@ fn requests_at_the_same_time_end_at_the_largest() {
             scope.spawn(move || drop(node.carrick(&["volume", "expand", "vm1", size, "--wait"])));
         }
     });
-    node.wait_for("all to end", |node| operations(node).iter().all(|found| found["state"] == "succeeded").then_some(()));
+    node.wait_for("all to end", |node| node.operations("expand").iter().all(|found| found["state"] == "succeeded").then_some(()));
     assert_eq!((size(&node, "vm1"), device_size(&node, "vm1"), replica_sizes(&node, 3)), (13 * GIB, Some(13 * GIB), vec![13 * GIB; 3]));
 }
 
@@ -146,7 +147,7 @@ fn a_store_without_room_leaves_the_volume_as_it_was_and_another_attempt_works() 
     node.carrick(&["volume", "create", "large2", "--size", "97G", "--replicas", "1"]).ok();
     let message = node.carrick(&["volume", "expand", "vm1", "4G"]).fails(6, "NO_SPACE");
     assert!(message.contains("needs 3 GiB more"), "{message}");
-    assert_eq!((size(&node, "vm1"), operations(&node).len()), (GIB, 0));
+    assert_eq!((size(&node, "vm1"), node.operations("expand").len()), (GIB, 0));
     node.carrick(&["volume", "delete", "large"]).ok();
     node.carrick(&["volume", "delete", "large2"]).ok();
     node.carrick(&["volume", "expand", "vm1", "4G", "--wait"]).ok();
@@ -182,7 +183,7 @@ fn an_operation_that_waits_says_why_and_can_be_cancelled() {
     node.start();
     // First it knows of no store at all.
     let is_waiting = |found: &Value| found["message"].as_str().is_some_and(|why| why.starts_with("1 of the 3 replicas"));
-    let waiting = node.wait_for("it to wait", |node| operations(node).into_iter().next().filter(is_waiting));
+    let waiting = node.wait_for("it to wait", |node| node.operations("expand").into_iter().next().filter(is_waiting));
     assert_eq!((waiting["state"].as_str(), waiting["reason"].as_str()), (Some("running"), Some("STORE_UNREACHABLE")), "{waiting}");
     let problems = node.carrick(&["status"]).ok()["problems"].to_string();
     assert!(problems.contains("becomes larger (2 GiB) waits: 1 of the 3 replicas"), "{problems}");

@@ -314,7 +314,11 @@ fn a_creation_cut_off_by_a_crash_is_undone_and_can_be_repeated() {
     stores.iter().for_each(|store| create.extend(["--store", store]));
     let client = node.carrick_begin(&create);
     node.wait_for("the first replicas", |node| (node.replicas_in(1) == 1).then_some(()));
+    assert_eq!(node.operation("create"), ["running", "replicas", ""]);
+    let id = node.operations("create")[0]["id"].as_str().unwrap().to_owned();
+    let mut watcher = node.carrick_begin(&["operation", "watch", &id]);
     node.kill_daemon();
+    watcher.wait().unwrap();
     let message = Answer::from(client.wait_with_output().unwrap()).fails(7, "DAEMON_UNREACHABLE");
     assert!(message.contains("may be done, or not"), "{message}");
     fs::remove_file(node.store_path(2).join("slow")).unwrap();
@@ -323,8 +327,11 @@ fn a_creation_cut_off_by_a_crash_is_undone_and_can_be_repeated() {
         let none = [0, 1, 2].iter().all(|store| node.replicas_in(*store) == 0);
         (none && node.carrick(&["volume", "list"]).ok().as_array().unwrap().is_empty()).then_some(())
     });
+    assert_eq!(node.operation("create"), ["failed", "replicas", "CREATION_UNDONE"]);
+    assert_eq!(node.operation("delete"), ["succeeded", "replicas", ""]);
     node.carrick(&create).ok();
     assert_eq!([0, 1, 2].map(|store| node.replicas_in(store)), [1, 1, 1]);
+    assert_eq!(node.operation("create"), ["succeeded", "replicas", ""]);
 }
 
 #[test]
@@ -362,6 +369,9 @@ fn a_deletion_is_finished_when_its_store_is_back() {
         let told = problems.contains("volume vm1 is deleted, but for its replicas in") && problems.contains("is not a Carrick store");
         told.then_some(())
     });
+    assert_eq!(node.operation("delete"), ["running", "replicas", "STORE_UNREACHABLE"]);
+    let id = node.operations("delete")[0]["id"].as_str().unwrap().to_owned();
+    node.carrick(&["operation", "cancel", &id]).fails(5, "OPERATION_PAST_CANCELLING");
     // Its name is free meanwhile.
     node.carrick(&["volume", "create", "vm1", "--size", "2G", "--replicas", "2"]).ok();
     node.carrick(&["volume", "create", "vm2", "--size", "2G"]).fails(5, "TOO_FEW_STORES");
@@ -371,6 +381,7 @@ fn a_deletion_is_finished_when_its_store_is_back() {
         let list = node.carrick(&["volume", "list"]).ok();
         (node.replicas_in(1) == 0 && list.as_array().unwrap().len() == 1).then_some(())
     });
+    assert_eq!(node.operation("delete"), ["succeeded", "replicas", ""]);
 }
 
 #[test]
@@ -379,6 +390,8 @@ fn a_target_that_says_why_it_cannot_takes_its_attachment_back() {
     node.carrick(&["volume", "create", "no-ublk", "--size", "1G", "--replicas", "1"]).ok();
     let message = node.carrick(&["attach", "no-ublk"]).fails(8, "UNSUPPORTED");
     assert!(message.contains("load the module ublk_drv"), "{message}");
+    assert_eq!(node.operation("attach"), ["failed", "device", "ATTACH_FAILED"]);
+    assert!(node.operations("attach")[0]["message"].as_str().unwrap().contains("ublk_drv"));
     assert_eq!(node.carrick(&["volume", "show", "no-ublk"]).ok()["attachment"], serde_json::Value::Null);
     assert_eq!(fs::read_dir(node.run("target")).unwrap().count(), 0);
     node.carrick(&["volume", "delete", "no-ublk"]).ok();
@@ -401,6 +414,7 @@ fn a_device_in_use_stays_unless_it_is_forced() {
     node.carrick(&["attach", "busy"]).ok();
     let message = node.carrick(&["detach", "busy"]).fails(5, "DEVICE_BUSY");
     assert!(message.contains("/dev/ublkb7 is in use"), "{message}");
+    assert_eq!(node.operation("detach"), ["failed", "device", "DETACH_FAILED"]);
     assert_eq!(node.carrick(&["volume", "show", "busy"]).ok()["attachment"]["state"], "attached");
     node.carrick(&["shutdown"]).fails(5, "VOLUME_ATTACHED");
     node.carrick(&["shutdown", "--detach"]).fails(5, "DEVICE_BUSY");
@@ -433,9 +447,11 @@ fn a_detachment_cut_off_by_a_crash_is_finished() {
     node.wait_for("detaching", |node| (node.carrick(&["volume", "show", "deaf"]).ok()["attachment"]["state"] == "detaching").then_some(()));
     node.kill_daemon();
     client.wait().unwrap();
-    fs::write(node.run("cured"), "").unwrap();
     node.start();
+    assert_eq!(node.operation("detach")[0], "running");
+    fs::write(node.run("cured"), "").unwrap();
     node.wait_for("its end", |node| node.carrick(&["volume", "show", "deaf"]).ok()["attachment"].is_null().then_some(()));
+    assert_eq!(node.operation("detach"), ["succeeded", "device", ""]);
     assert!(!node.run("target").read_dir().unwrap().any(|_| true));
 }
 
@@ -453,6 +469,7 @@ fn an_attachment_cut_off_by_a_crash_is_finished() {
         (node.carrick(&["volume", "show", "slow-up"]).ok()["attachment"]["state"] == "attached").then_some(())
     });
     assert_eq!(node.pids("target"), before);
+    assert_eq!((node.operation("attach"), node.operations("attach").len()), (["succeeded", "device", ""].map(Into::into), 1));
 }
 
 #[test]

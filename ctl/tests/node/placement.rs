@@ -55,7 +55,7 @@ fn a_store_is_emptied_while_its_volumes_are_used() {
     // Another one of the volume's has to wait, the same is the same.
     node.carrick(&["volume", "replace", "vm1", &second.to_string()]).fails(5, "OPERATION_RUNS");
     node.carrick(&["volume", "replace", "vm1", &old.to_string()]).ok();
-    assert_eq!(node.carrick(&["operation", "list"]).ok().as_array().unwrap().len(), 1);
+    assert_eq!(node.operations("move").len(), 1);
     // It may grow meanwhile.
     node.carrick(&["volume", "expand", "vm1", "2G", "--wait"]).ok();
 
@@ -173,7 +173,7 @@ fn a_cancelled_move_out_of_a_store_that_is_to_be_emptied_is_not_begun_again_at_o
     node.wait_for("explain to tell", |node| {
         node.carrick(&["explain", "vm1"]).ok()["findings"].to_string().contains("STORE_EVICTING").then_some(())
     });
-    assert_eq!(node.carrick(&["operation", "list"]).ok().as_array().unwrap().len(), 1);
+    assert_eq!(node.operations("move").len(), 1);
 }
 
 #[test]
@@ -184,7 +184,9 @@ fn a_lost_replica_leaves_a_store_that_is_emptied_at_once_and_a_deleted_volume_en
     node.leave_out(&volume, &before[2].to_string());
     node.carrick(&["store", "evict", &before[2].to_string()]).ok();
     node.wait_for("the lost one to be replaced", |node| (!stores(&show(node)).contains(&before[2])).then_some(()));
-    assert_eq!(node.carrick(&["operation", "list"]).ok(), serde_json::json!([]), "there is nothing to be kept");
+    assert_eq!(node.operations("move"), Vec::<Value>::new(), "there is nothing to be kept");
+    let replaced = node.operations("replace").remove(0);
+    assert_eq!((replaced["state"].as_str(), &replaced["from_store"]), (Some("running"), &volume["replicas"][2]["store_path"]));
     // Its place is taken, so the next one can't go before the first store may be used again.
     node.carrick(&["store", "evict", &before[0].to_string()]).ok();
     let told = node.wait_for("explain to tell", |node| {
@@ -196,7 +198,7 @@ fn a_lost_replica_leaves_a_store_that_is_emptied_at_once_and_a_deleted_volume_en
     operation(&node, "running", "copy");
     node.carrick(&["detach", "vm1"]).ok();
     node.carrick(&["volume", "delete", "vm1"]).ok();
-    assert_eq!(node.carrick(&["operation", "list"]).ok()[0]["state"], "cancelled");
+    assert_eq!(node.operations("move")[0]["state"], "cancelled");
     node.wait_for("all replicas to be deleted", |node| (node.replicas_in_all(4) == 0).then_some(()));
 }
 

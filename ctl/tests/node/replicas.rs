@@ -75,6 +75,9 @@ fn a_replica_that_no_longer_counts_is_replaced_in_another_store() {
     // The store that lost it may be taken away now; the other may not.
     node.carrick(&["store", "remove", &before[1]]).ok();
     node.carrick(&["store", "remove", &after[1]]).fails(5, "STORE_IN_USE");
+    assert_eq!(node.operation("replace"), ["running", "copy", ""]);
+    node.take_back(&shown);
+    assert_eq!(node.operation("replace"), ["succeeded", "copy", ""]);
 }
 
 #[test]

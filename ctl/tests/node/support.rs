@@ -123,6 +123,19 @@ impl Node {
     }
 
     /// Starts carrickd and waits until it answers.
+    /// The operations of this kind, the newest first.
+    pub fn operations(&self, kind: &str) -> Vec<Value> {
+        let mut operations = self.carrick(&["operation", "list"]).ok().as_array().unwrap().clone();
+        operations.retain(|operation| operation["kind"] == kind);
+        operations
+    }
+
+    /// State, step, and why, of the newest operation of this kind.
+    pub fn operation(&self, kind: &str) -> [String; 3] {
+        let newest = self.operations(kind).into_iter().next().unwrap_or_default();
+        ["state", "step", "reason"].map(|field| newest[field].as_str().unwrap_or_default().to_owned())
+    }
+
     pub fn start(&mut self) {
         let log = fs::OpenOptions::new().append(true).create(true).open(self.path("carrickd.log")).unwrap();
         self.daemon = Some(self.daemon_command("run", "state").stderr(log).spawn().unwrap());

@@ -66,7 +66,8 @@ fn what_lacks_something_gets_it_though_the_volume_is_detached() {
     node.carrick(&["detach", "vm1"]).ok();
     wait_tended(&node);
     // One that hangs is in nobody's way.
-    signal(node.pids("target")[0], Signal::STOP);
+    let tender = node.wait_for("its process", |node| node.pids("target").first().copied());
+    signal(tender, Signal::STOP);
     node.carrick(&["attach", "vm1"]).ok();
     node.carrick(&["detach", "vm1"]).ok();
     wait_tended(&node);

@@ -66,7 +66,9 @@ impl Grown {
     }
 
     fn operations(&self) -> anyhow::Result<Vec<Value>> {
-        self.site.carrick(&["operation", "list"])?.as_array().cloned().context("no list of operations")
+        let mut operations = self.site.carrick(&["operation", "list"])?.as_array().cloned().context("no list of operations")?;
+        operations.retain(|operation| operation["kind"] == "expand");
+        Ok(operations)
     }
 
     /// Ends with all replicas the same.

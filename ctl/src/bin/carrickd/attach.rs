@@ -21,10 +21,10 @@ use carrick_replicator::engine::Attachment;
 use crate::context::{Context, unix_now};
 use crate::control::{self, CallError};
 use crate::launch;
-use crate::metadata::{AttachmentPhase, AttachmentRecord, Mutation, VolumeRecord};
+use crate::metadata::{AttachmentPhase, AttachmentRecord, Mutation, Task, VolumeRecord};
 use crate::observed::{Event, Exit, Process, ProcessId};
 use crate::volumes::{not_found, parse_name, ready};
-use crate::{placement, survey};
+use crate::{operations, placement, survey};
 
 /// Requests in flight if nobody says how many: what virtio disks have.
 pub const QUEUE_DEPTH_DEFAULT: u32 = 128;
@@ -253,7 +253,13 @@ pub async fn detach(context: &Context, name: &str, force: bool) -> Result<(), Fa
 /// Goes on with a detachment that an earlier carrickd began, or that failed.
 pub async fn resume_detach(context: &Context, volume: &VolumeRecord) -> Result<(), Fault> {
     match context.state().attachments.get(&volume.id).map(|attachment| attachment.phase) {
-        Some(AttachmentPhase::Detaching { force }) => take_device_away(context, volume, force, IfItFails::TryAgain).await,
+        Some(AttachmentPhase::Detaching { force }) => {
+            let taken = take_device_away(context, volume, force, IfItFails::TryAgain).await;
+            if let Err(fault) = &taken {
+                operations::waits(context, volume.id, |task| matches!(task, Task::Detach), fault).await?;
+            }
+            taken
+        }
         _ => Ok(()),
     }
 }

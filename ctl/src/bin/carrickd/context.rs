@@ -99,12 +99,9 @@ impl Context {
 
     /// The same, with something that the log is to say of it: why, or with which result.
     pub async fn apply_saying(&self, remark: Option<String>, mutation: Mutation) -> Result<Arc<State>, Fault> {
-        let is_operation = matches!(mutation, Mutation::PutOperation(_) | Mutation::All(_));
         let occasion = Occasion { at_unix: unix_now(), remark };
         let state = self.metadata.apply_on(occasion, mutation).await.map_err(metadata_fault)?;
-        if is_operation {
-            self.operations.send_replace(());
-        }
+        self.operations.send_replace(());
         self.follow();
         Ok(state)
     }

@@ -33,7 +33,7 @@ pub fn explain(view: &View<'_>, record: &VolumeRecord, replace_after: Option<Dur
         }
         v1::VolumeState::Ready | v1::VolumeState::Unspecified => {
             findings.extend(of_attachment(&volume));
-            findings.extend(volume.operation.iter().chain(&volume.more_operations).map(of_operation));
+            findings.extend(volume.operation.iter().chain(&volume.more_operations).filter_map(of_operation));
             findings.extend(of_eviction(view, record));
             findings.extend(record.replicas.iter().zip(&volume.replicas).filter_map(|(store, replica)| {
                 let since = record.left_out.get(store).copied();
@@ -140,23 +140,30 @@ fn of_attachment(volume: &v1::Volume) -> Vec<v1::Finding> {
     findings
 }
 
-fn of_operation(operation: &v1::Operation) -> v1::Finding {
+fn of_operation(operation: &v1::Operation) -> Option<v1::Finding> {
     let goal = operations::goal(operation);
+    let has_own_steps = matches!(operation.kind(), v1::OperationKind::Expand | v1::OperationKind::Move);
     let Some(why) = &operation.message else {
-        return finding(
+        let runs = finding(
             "OPERATION_RUNS",
             format!("operation {}: {goal} (step {})", operation.id, operation.step),
             "it goes on by itself, also after a restart of anything",
             &format!("carrick operation watch {}", operation.id),
         );
+        // What the others do is told of the attachment or the replica.
+        return has_own_steps.then_some(runs);
+    };
+    let advice = match has_own_steps {
+        true => format!("see to what it waits for, or, while it can be taken back: carrick operation cancel {}", operation.id),
+        false => "see to what it waits for".into(),
     };
     let waits = finding(
         operation.reason.as_deref().unwrap_or("OPERATION_WAITS"),
         format!("operation {}: that {goal} waits at step {}: {why}", operation.id, operation.step),
         "the step is tried again, after pauses of at most a minute",
-        &format!("see to what it waits for, or, while it can be taken back: carrick operation cancel {}", operation.id),
+        &advice,
     );
-    v1::Finding { since_unix: operation.waiting_since_unix, ..waits }
+    Some(v1::Finding { since_unix: operation.waiting_since_unix, ..waits })
 }
 
 /// A replica that is to leave its store, and has no other yet.
@@ -254,6 +261,7 @@ mod tests {
     fn an_operation_that_waits_is_told_with_its_own_reason() {
         let operation = v1::Operation {
             id: "3".into(),
+            kind: v1::OperationKind::Expand.into(),
             to_bytes: 2 << 30,
             step: "device".into(),
             reason: Some("TARGET_UNREACHABLE".into()),
@@ -261,7 +269,7 @@ mod tests {
             waiting_since_unix: Some(9),
             ..v1::Operation::default()
         };
-        let found = of_operation(&operation);
+        let found = of_operation(&operation).unwrap();
         assert_eq!((found.reason.as_str(), found.since_unix), ("TARGET_UNREACHABLE", Some(9)));
         assert!(found.message.contains("2 GiB") && found.advice.contains("carrick operation cancel 3"), "{found:?}");
     }

@@ -13,10 +13,10 @@ use carrick_replicator::control::MemberState;
 
 use crate::context::Context;
 use crate::control;
-use crate::metadata::{Mutation, OperationRecord, VolumeRecord};
+use crate::metadata::{Mutation, OperationRecord, Task, VolumeRecord};
 use crate::observed::ProcessId;
 use crate::volumes::{REPLICAS_MAX, delete_replica, make_replica, parse_name, ready};
-use crate::{launch, relocate, stores, survey};
+use crate::{launch, operations, relocate, stores, survey};
 
 /// For a store to delete a replica. It writes down that it does, and goes on by itself.
 const LEAVE_LIMIT: Duration = Duration::from_secs(5);
@@ -126,7 +126,11 @@ pub async fn go_on(context: &Context, volume: VolumeRecord) -> Result<bool, Faul
 pub async fn join(context: &Context, volume: VolumeRecord) -> Result<VolumeRecord, Fault> {
     let spec = ReplicaSpec { volume: volume.id, size: volume.size };
     for store in volume.joining.clone() {
-        make_replica(context, spec, store).await?;
+        if let Err(fault) = make_replica(context, spec, store).await {
+            let is_it = |task: &Task| matches!(task, Task::Build { to, .. } if *to == store);
+            operations::waits(context, volume.id, is_it, &fault).await?;
+            return Err(fault);
+        }
     }
     if volume.joining.is_empty() {
         return Ok(volume);

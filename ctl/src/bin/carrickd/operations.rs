@@ -71,7 +71,7 @@ impl From<Outcome> for Step {
 
 /// Does as many steps of all operations on a volume as can be done now. `false`: one waits.
 pub async fn go_on(context: &Arc<Context>, volume: VolumeId) -> Result<bool, Fault> {
-    let running: Vec<_> = context.state().running(volume).map(|operation| operation.id).collect();
+    let running: Vec<_> = context.state().stepping(volume).map(|operation| operation.id).collect();
     let mut finished = true;
     for id in running {
         finished &= go_on_with(context, id).await?;
@@ -87,6 +87,8 @@ async fn go_on_with(context: &Arc<Context>, id: OperationId) -> Result<bool, Fau
         let Step { outcome, volume: new } = match operation.task {
             Task::Expand { to, step, .. } => expand::step(context, volume, to, step).await,
             Task::Move { from, to, step } => relocate::step(context, volume, [from, to], step).await,
+            // Its steps are the records'.
+            Task::Create | Task::Attach | Task::Detach | Task::Delete | Task::Build { .. } => return Ok(true),
         };
         context.crash_at(operation.task.step_name());
         let waits = matches!(outcome, Outcome::Waits(_));
@@ -102,6 +104,14 @@ async fn go_on_with(context: &Arc<Context>, id: OperationId) -> Result<bool, Fau
             return Ok(false);
         }
     }
+}
+
+/// What follows the records can't go on: the operation that says so says why, too.
+pub async fn waits(context: &Context, volume: VolumeId, is_it: impl Fn(&Task) -> bool, fault: &Fault) -> Result<(), Fault> {
+    let state = context.state();
+    let Some(operation) = state.running(volume).find(|operation| is_it(&operation.task)) else { return Ok(()) };
+    let waiting = operation.after(Outcome::Waits(fault.clone()), unix_now());
+    context.apply(Mutation::PutOperation(waiting.into())).await.map(drop)
 }
 
 /// Writes down how far an operation is, and what its volume has become with that.
@@ -154,6 +164,12 @@ pub fn watch(context: &Arc<Context>, only: Option<OperationId>) -> Watch {
 pub fn goal(operation: &v1::Operation) -> String {
     match (operation.kind(), &operation.from_store, &operation.to_store) {
         (v1::OperationKind::Move, Some(from), Some(to)) => format!("its replica in {from} goes to {to}"),
+        (v1::OperationKind::Replace, Some(from), Some(to)) => format!("its replica in {from} is replaced by one in {to}"),
+        (v1::OperationKind::Add, _, Some(to)) => format!("it gets one more replica, in {to}"),
+        (v1::OperationKind::Create, ..) => "it is made".into(),
+        (v1::OperationKind::Attach, ..) => "it is attached".into(),
+        (v1::OperationKind::Detach, ..) => "it is detached".into(),
+        (v1::OperationKind::Delete, ..) => "it is deleted".into(),
         _ => format!("it becomes larger ({})", HumanSize(operation.to_bytes)),
     }
 }
@@ -167,11 +183,26 @@ pub fn message(state: &State, operation: &OperationRecord) -> v1::Operation {
         OperationState::Cancelled => (v1::OperationState::Cancelled, None),
     };
     let why = failure.or(operation.wait.as_ref().map(|wait| &wait.why));
-    let (kind, sizes, stores) = match operation.task {
-        Task::Expand { from, to, .. } => (v1::OperationKind::Expand, [from, to].map(|size| size.bytes().get()), None),
-        Task::Move { from, to, .. } => (v1::OperationKind::Move, [0, 0], Some([from, to].map(|store| state.place(store)))),
+    let (mut sizes, mut stores) = ([0, 0], [None, None]);
+    let kind = match operation.task {
+        Task::Expand { from, to, .. } => {
+            sizes = [from, to].map(|size| size.bytes().get());
+            v1::OperationKind::Expand
+        }
+        Task::Move { from, to, .. } => {
+            stores = [Some(from), Some(to)];
+            v1::OperationKind::Move
+        }
+        Task::Build { instead_of, to, .. } => {
+            stores = [instead_of, Some(to)];
+            if instead_of.is_some() { v1::OperationKind::Replace } else { v1::OperationKind::Add }
+        }
+        Task::Create => v1::OperationKind::Create,
+        Task::Attach => v1::OperationKind::Attach,
+        Task::Detach => v1::OperationKind::Detach,
+        Task::Delete => v1::OperationKind::Delete,
     };
-    let [from_store, to_store] = stores.map_or([None, None], |stores| stores.map(Some));
+    let [from_store, to_store] = stores.map(|store| store.map(|store| state.place(store)));
     v1::Operation {
         id: operation.id.to_string(),
         kind: kind.into(),

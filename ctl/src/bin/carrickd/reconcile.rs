@@ -212,7 +212,7 @@ fn work_on(state: &State, observed: &Observed, volume: &VolumeRecord) -> Option<
                 Some(AttachmentPhase::Attached) | None => None,
             };
             attachment
-                .or_else(|| state.running(volume.id).next().map(|_| Work::Operation))
+                .or_else(|| state.stepping(volume.id).next().map(|_| Work::Operation))
                 .or_else(|| volume.joining.iter().chain(&volume.leaving).any(answers).then_some(Work::Move))
                 .or_else(|| state.to_evict(volume).next().map(Work::Evict))
         }

@@ -23,7 +23,7 @@ use crate::context::{Context, unix_now};
 use crate::control::{self, CallError};
 use crate::expand;
 use crate::launch;
-use crate::metadata::{Mutation, Percent, State, VolumePhase, VolumeRecord};
+use crate::metadata::{Mutation, Percent, State, Task, VolumePhase, VolumeRecord};
 use crate::moves;
 use crate::observed::ProcessId;
 use crate::operations;
@@ -302,6 +302,11 @@ async fn delete_replicas(context: &Context, mut volume: VolumeRecord) -> Result<
     if volume.replicas.is_empty() {
         launch::remove_logs(context, ProcessId::Target(volume.id));
         context.apply(Mutation::RemoveVolume(volume.id)).await?;
+    } else {
+        let state = context.state();
+        let places: Vec<_> = volume.replicas.iter().map(|store| state.place(*store)).collect();
+        let why = Fault::new(Reason::StoreUnreachable, &volume.name, format!("these stores are to answer: {}", places.join(", ")));
+        operations::waits(context, volume.id, |task| matches!(task, Task::Delete), &why).await?;
     }
     Ok(volume.replicas)
 }

@@ -90,12 +90,16 @@ pub fn operation_line(operation: &Operation) -> String {
 }
 
 fn what(operation: &Operation) -> String {
+    let [from, to] = [&operation.from_store, &operation.to_store].map(|store| store.as_deref().unwrap_or(NONE));
     match operation.kind() {
         OperationKind::Expand => format!("expand to {}", HumanSize(operation.to_bytes)),
-        OperationKind::Move => {
-            let [from, to] = [&operation.from_store, &operation.to_store].map(|store| store.as_deref().unwrap_or(NONE));
-            format!("move {from} to {to}")
-        }
+        OperationKind::Move => format!("move {from} to {to}"),
+        OperationKind::Replace => format!("replace {from} by {to}"),
+        OperationKind::Add => format!("add a replica in {to}"),
+        OperationKind::Create => "create".into(),
+        OperationKind::Attach => "attach".into(),
+        OperationKind::Detach => "detach".into(),
+        OperationKind::Delete => "delete".into(),
         OperationKind::Unspecified => NONE.into(),
     }
 }

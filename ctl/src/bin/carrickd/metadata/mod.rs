@@ -12,6 +12,7 @@
 //! * M6. Each attachment has a number of its own, which is the volume's from then on: earlier ones change nothing any more.
 //! * M7. Operations run on a volume beside each other only as the table says; one that has ended stays as it is.
 //! * M8. A replica that is to go is one of the volume's.
+//! * M9. What the records say is under way is an operation that runs, and ends when they no longer say so (`mirror`).
 //!
 //! What a change tells goes into the log with it (`story`). What is only noted is kept in memory until the next change, or until somebody
 //! flushes: so it never costs a change a write of its own.
@@ -19,6 +20,7 @@
 mod events;
 #[cfg(test)]
 mod full_disk_tests;
+mod mirror;
 mod operations;
 mod records;
 mod redb_store;
@@ -26,7 +28,7 @@ mod story;
 #[cfg(test)]
 pub mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -276,7 +278,15 @@ impl State {
         }
     }
 
-    /// Makes a change, if the rules allow it; else this state is no longer to be used.
+    /// As it is after a change, if the rules allow that.
+    pub fn after(&self, mutation: &Mutation, occasion: &Occasion) -> Result<Self, MetadataError> {
+        let mut after = self.clone();
+        after.apply(mutation)?;
+        mirror::follow(self, &mut after, occasion)?;
+        Ok(after)
+    }
+
+    /// Makes a change, if the rules allow it; else this state is no longer to be used. What follows from it is left out: see [`Self::after`].
     pub fn apply(&mut self, mutation: &Mutation) -> Result<(), MetadataError> {
         match mutation {
             // What runs is another matter.
@@ -321,6 +331,11 @@ impl State {
         self.operations.values().filter(move |operation| operation.volume == volume && operation.is_running())
     }
 
+    /// What of that has steps of its own that are to be done.
+    pub fn stepping(&self, volume: VolumeId) -> impl Iterator<Item = &OperationRecord> {
+        self.running(volume).filter(|operation| operation.task.has_own_steps())
+    }
+
     /// The expansion that runs on a volume.
     pub fn expansion(&self, volume: VolumeId) -> Option<&OperationRecord> {
         self.running(volume).find(|operation| matches!(operation.task, Task::Expand { .. }))
@@ -342,7 +357,13 @@ impl State {
         self.operations.insert(id, OperationRecord { id, ..record.clone() });
         let mut ended: Vec<_> = self.operations.values().filter(|operation| !operation.is_running()).collect();
         ended.sort_unstable_by_key(|operation| std::cmp::Reverse((operation.updated_unix, operation.id)));
-        let forgotten: Vec<_> = ended.iter().skip(ENDED_MAX).map(|operation| operation.id).collect();
+        let mut known = HashMap::new();
+        let is_beyond = |operation: &&&OperationRecord| {
+            let of_its_kind = known.entry(std::mem::discriminant(&operation.task)).or_insert(0);
+            *of_its_kind += 1;
+            *of_its_kind > ENDED_MAX
+        };
+        let forgotten: Vec<_> = ended.iter().filter(is_beyond).map(|operation| operation.id).collect();
         forgotten.iter().for_each(|id| _ = self.operations.remove(id));
         Ok(())
     }

@@ -8,8 +8,12 @@
 //!
 //! Every step may be done twice: a crash after it, and before that is written down, does it again.
 //!
+//! That is so of expansions and moves. All other kinds have their steps as phases in the records of volumes and attachments, and follow
+//! them (`mirror.rs`).
+//!
 //! Which kinds may run beside which on one volume ([`Task::may_run_beside`]): an expansion beside a move. Two expansions become one; a
-//! second move is refused until the first has ended, since each changes which replicas there are.
+//! second move is refused until the first has ended, since each changes which replicas there are. The others run as the records allow
+//! (M1 to M5).
 
 use carrick_backing_store::{StoreId, VolumeId, VolumeSize};
 use carrick_ctl::fault::{Fault, Reason};
@@ -18,8 +22,8 @@ use serde::{Deserialize, Serialize};
 
 use super::records::VolumeRecord;
 
-/// Operations that have ended and are remembered.
-pub const ENDED_MAX: usize = 256;
+/// Operations of each kind that have ended and are remembered: whoever attaches often must not make an expansion forgotten.
+pub const ENDED_MAX: usize = 128;
 /// Notes of an operation.
 const NOTES_MAX: usize = 16;
 /// Bytes of an idempotency key.
@@ -76,6 +80,33 @@ pub enum Task {
         /// What is done now.
         step: MoveStep,
     },
+    /// A volume and its replicas are made.
+    Create,
+    /// A volume gets its device.
+    Attach,
+    /// Its device is taken away.
+    Detach,
+    /// Its replicas are deleted.
+    Delete,
+    /// A replica is made where there was none, and counts in the end.
+    Build {
+        /// The store with the one that it takes the place of, if it does.
+        instead_of: Option<StoreId>,
+        /// In this one.
+        to: StoreId,
+        /// What is done now.
+        step: BuildStep,
+    },
+}
+
+/// The steps of a new replica, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BuildStep {
+    /// It is made, and the target told of it.
+    Make,
+    /// The target copies everything to it, and takes it in.
+    Copy,
 }
 
 /// The steps of a move, in their order: the new replica counts before the old one no longer does.
@@ -109,7 +140,13 @@ impl Task {
                 MoveStep::Copy => Some(Self::Move { from, to, step: MoveStep::Drop }),
                 MoveStep::Drop => None,
             },
+            Self::Create | Self::Attach | Self::Detach | Self::Delete | Self::Build { .. } => None,
         }
+    }
+
+    /// Whether its steps are done one by one as an operation's. Else it follows the records.
+    pub const fn has_own_steps(&self) -> bool {
+        matches!(self, Self::Expand { .. } | Self::Move { .. })
     }
 
     /// The word for what is done now, as callers see it.
@@ -121,6 +158,10 @@ impl Task {
             Self::Move { step: MoveStep::Make, .. } => "make",
             Self::Move { step: MoveStep::Copy, .. } => "copy",
             Self::Move { step: MoveStep::Drop, .. } => "drop",
+            Self::Create | Self::Delete => "replicas",
+            Self::Attach | Self::Detach => "device",
+            Self::Build { step: BuildStep::Make, .. } => "make",
+            Self::Build { step: BuildStep::Copy, .. } => "copy",
         }
     }
 }
@@ -230,7 +271,8 @@ impl OperationRecord {
         Self::new(volume, name, Task::Move { from, to, step: MoveStep::Make }, now_unix)
     }
 
-    const fn new(volume: VolumeId, name: VolumeName, task: Task, now_unix: u64) -> Self {
+    /// One that begins.
+    pub const fn new(volume: VolumeId, name: VolumeName, task: Task, now_unix: u64) -> Self {
         Self {
             id: OperationId::NEW,
             volume,
@@ -307,6 +349,13 @@ impl OperationRecord {
                 past(format!("the new replica of volume {name} counts already: the old one is about to go"))
             }
             Task::Expand { .. } | Task::Move { .. } => Ok(self.given_up(now_unix)),
+            Task::Create => past(format!("volume {name} is being made: once it is, carrick volume delete {name}")),
+            Task::Attach => past(format!("volume {name} is being attached: carrick detach {name} takes that back")),
+            Task::Detach => past(format!("volume {name} is being detached: once it is, carrick attach {name}")),
+            Task::Delete => past(format!("volume {name} is gone already: only what its replicas take is still to be freed")),
+            Task::Build { .. } => past(format!(
+                "volume {name} has the new replica already, and no other in its place: carrick volume replace {name} puts it elsewhere"
+            )),
         }
     }
 

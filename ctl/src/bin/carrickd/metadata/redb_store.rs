@@ -180,10 +180,12 @@ impl Inner {
         let mut database = lock(&self.database);
         self.opened(&mut database)?;
         let before = self.state();
-        let mut state = State::clone(&before);
-        state.apply(mutation)?;
+        let state = before.after(mutation, occasion)?;
         let told = story::of_change(&before, &state, mutation, occasion);
-        self.commit(&mut database, &state, told, |transaction| put_change(transaction, mutation, &before, &state))?;
+        self.commit(&mut database, &state, told, |transaction| {
+            put_change(transaction, mutation, &state)?;
+            put_operations(transaction, &before, &state)
+        })?;
         let state = Arc::new(state);
         *lock(&self.state) = Arc::clone(&state);
         Ok(state)
@@ -234,16 +236,29 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Writes the records that a change is about, as they are afterwards.
-fn put_change(transaction: &WriteTransaction, mutation: &Mutation, before: &State, after: &State) -> Result<(), redb::Error> {
-    let put = |table: Documents, key: String, document: Vec<u8>| -> Result<(), redb::Error> {
-        transaction.open_table(table)?.insert(key.as_str(), document.as_slice())?;
-        Ok(())
-    };
-    let remove = |table: Documents, key: String| -> Result<(), redb::Error> {
-        transaction.open_table(table)?.remove(key.as_str())?;
-        Ok(())
-    };
+fn put(transaction: &WriteTransaction, table: Documents, key: String, document: Vec<u8>) -> Result<(), redb::Error> {
+    transaction.open_table(table)?.insert(key.as_str(), document.as_slice())?;
+    Ok(())
+}
+
+fn remove(transaction: &WriteTransaction, table: Documents, key: String) -> Result<(), redb::Error> {
+    transaction.open_table(table)?.remove(key.as_str())?;
+    Ok(())
+}
+
+/// Writes the operations that a change makes, changes, or makes forgotten: any change may.
+fn put_operations(transaction: &WriteTransaction, before: &State, after: &State) -> Result<(), redb::Error> {
+    for (id, record) in after.operations.iter().filter(|(id, record)| before.operations.get(id) != Some(record)) {
+        put(transaction, OPERATIONS, id.to_string(), encode(record)?)?;
+    }
+    let mut forgotten = before.operations.keys().filter(|id| !after.operations.contains_key(id));
+    forgotten.try_for_each(|id| remove(transaction, OPERATIONS, id.to_string()))
+}
+
+/// Writes the other records that a change is about, as they are afterwards.
+fn put_change(transaction: &WriteTransaction, mutation: &Mutation, after: &State) -> Result<(), redb::Error> {
+    let put = |table, key, document| put(transaction, table, key, document);
+    let remove = |table, key| remove(transaction, table, key);
     let put_volume = |id: VolumeId| match after.volumes.get(&id) {
         Some(record) => put(VOLUMES, id.to_string(), encode(record)?),
         None => Ok(()),
@@ -266,14 +281,8 @@ fn put_change(transaction: &WriteTransaction, mutation: &Mutation, before: &Stat
             }
         }
         Mutation::RemoveAttachment(id) => remove(ATTACHMENTS, id.to_string())?,
-        Mutation::PutOperation(_) => {
-            for (id, record) in after.operations.iter().filter(|(id, record)| before.operations.get(id) != Some(record)) {
-                put(OPERATIONS, id.to_string(), encode(record)?)?;
-            }
-            let mut forgotten = before.operations.keys().filter(|id| !after.operations.contains_key(id));
-            forgotten.try_for_each(|id| remove(OPERATIONS, id.to_string()))?;
-        }
-        Mutation::All(mutations) => mutations.iter().try_for_each(|mutation| put_change(transaction, mutation, before, after))?,
+        Mutation::PutOperation(_) => {}
+        Mutation::All(mutations) => mutations.iter().try_for_each(|mutation| put_change(transaction, mutation, after))?,
     }
     Ok(())
 }

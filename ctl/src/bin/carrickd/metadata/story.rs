@@ -69,7 +69,11 @@ impl Story<'_> {
                 let of = |(kind, text): (EventKind, &str)| Some(self.volume(kind, self.after.volumes.get(volume)?, text));
                 event.and_then(of).into_iter().collect()
             }
-            Mutation::PutOperation(_) => self.after.operations.values().filter_map(|operation| self.operation(operation)).collect(),
+            Mutation::PutOperation(_) => {
+                // What the others come to is told as events of their own.
+                let steps = self.after.operations.values().filter(|operation| operation.task.has_own_steps());
+                steps.filter_map(|operation| self.operation(operation)).collect()
+            }
             Mutation::All(mutations) => mutations.iter().flat_map(|mutation| self.of(mutation)).collect(),
         }
     }
@@ -200,6 +204,7 @@ impl Story<'_> {
         match operation.task {
             Task::Expand { to, .. } => format!("expand it to {}", HumanSize(to.bytes().get())),
             Task::Move { from, to, .. } => format!("move its replica in {} to {}", self.before.place(from), self.before.place(to)),
+            Task::Create | Task::Attach | Task::Detach | Task::Delete | Task::Build { .. } => operation.task.step_name().into(),
         }
     }
 
