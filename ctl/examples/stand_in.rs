@@ -16,7 +16,7 @@
 //! | `differs` | says that its replicas differ in a block, once they were compared |
 //! | `deaf` | never answers a request to detach, unless a file `cured` is in the run directory |
 //!
-//! A file `slow` in a store's folder makes each creation there last a second, a file `broken` makes it fail; what is in a file
+//! A file `slow` in a store's folder makes each creation and expansion there last a second, a file `broken` makes it fail; what is in a file
 //! `poisoned` is why the store takes no more operations.
 
 use std::fs::{self, File};
@@ -203,6 +203,9 @@ fn replica_answer(path: &Path, run: &RunDirectory, store: StoreId, request: &Rep
             if more > 0 {
                 let document = serde_json::to_vec(spec).map_err(text)?;
                 fs::write(path.join(format!("{}.replica", spec.volume)), document).map_err(text)?;
+            }
+            if path.join("slow").exists() {
+                thread::sleep(Duration::from_secs(1));
             }
             Ok(ReplicaAnswer::Done)
         }

@@ -5,7 +5,7 @@ use std::thread;
 use rustix::process::Signal;
 use serde_json::Value;
 
-use super::support::{Node, signal};
+use super::support::{Answer, Node, signal};
 
 const GIB: u64 = 1 << 30;
 
@@ -152,6 +152,31 @@ fn a_store_without_room_leaves_the_volume_as_it_was_and_another_attempt_works() 
     node.carrick(&["volume", "delete", "large2"]).ok();
     node.carrick(&["volume", "expand", "vm1", "4G", "--wait"]).ok();
     assert_eq!(size(&node, "vm1"), 4 * GIB);
+}
+
+#[test]
+fn a_store_that_gets_full_in_the_middle_leaves_the_volume_as_it_was_too() {
+    let node = Node::new(3);
+    let volume = node.carrick(&["volume", "create", "vm1", "--size", "1G"]).ok();
+    node.carrick(&["attach", "vm1"]).ok();
+    let mut stores: Vec<_> = volume["replicas"].as_array().unwrap().iter().map(|replica| replica["store"].as_str().unwrap()).collect();
+    stores.sort_unstable();
+    // The first one has grown when the last one gets full.
+    let place =
+        |id: &str| (0..3).find(|number| node.carrick(&["store", "show", node.store_path(*number).to_str().unwrap()]).ok()["id"] == id);
+    std::fs::write(node.store_path(place(stores[0]).unwrap()).join("slow"), "").unwrap();
+    let client = node.carrick_begin(&["volume", "expand", "vm1", "4G", "--wait"]);
+    node.wait_for("the first replica to grow", |node| (replica_sizes(node, 3) == [GIB, GIB, 4 * GIB]).then_some(()));
+    node.carrick(&["volume", "create", "filler", "--size", "98G", "--store", stores[2]]).ok();
+    let message = Answer::from(client.wait_with_output().unwrap()).fails(6, "NO_SPACE");
+    assert!(message.contains("no room in store"), "{message}");
+    assert_eq!(node.operation("expand"), ["failed", "replicas", "NO_SPACE"]);
+    assert_eq!((size(&node, "vm1"), device_size(&node, "vm1")), (GIB, Some(GIB)));
+    assert_eq!(node.carrick(&["explain", "vm1"]).ok()["findings"], serde_json::json!([]), "it is used as before");
+    // The same again finds what is done, and does the rest.
+    node.carrick(&["volume", "delete", "filler"]).ok();
+    node.carrick(&["volume", "expand", "vm1", "4G", "--wait"]).ok();
+    assert_eq!((size(&node, "vm1"), device_size(&node, "vm1"), replica_sizes(&node, 3)), (4 * GIB, Some(4 * GIB), vec![4 * GIB; 3]));
 }
 
 #[test]
