@@ -110,6 +110,9 @@ fn a_new_program_that_does_not_work_ends_it_after_the_first_process_until_there_
         let problems = node.carrick(&["status"]).ok()["problems"].to_string();
         problems.contains("the upgrade of this node waits").then_some(())
     });
+    // Whoever waits for it is told, too, and not for ever.
+    let message = node.carrick(&["node", "upgrade", "--wait"]).fails(7, "UPGRADE_WAITS");
+    assert!(message.contains("2 left") && message.contains("exit code 1"), "{message}");
     node.install("carrick-replica");
     node.wait_for("the end of the upgrade", |node| upgrade(node).is_null().then_some(()));
     assert_eq!(outdated(&node), 0);
