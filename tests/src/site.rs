@@ -231,6 +231,10 @@ impl Site {
             let replicas = shown["replicas"].as_array().context("no replicas")?;
             Ok(replicas.iter().all(|replica| replica["state"] == "in-sync").then_some(()))
         })
+        .with_context(|| {
+            let told = self.carrick(&["explain", volume]).map(|told| told.to_string());
+            format!("{}\n{}", told.unwrap_or_else(|error| error.to_string()), self.log_tail())
+        })
     }
 
     /// Detaches, however long the last opener takes to close.

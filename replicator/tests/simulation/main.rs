@@ -50,6 +50,8 @@ const FAILED_ONCE_MOVING: &[u64] = &[
     1795344419468386,
     // One that had been late no longer counted when the other one lost what it had, and that was all there was.
     1795346324333086,
+    // The disk of one failed when the other one, which had the same, was about to go.
+    1795360907003806,
 ];
 
 fn plan(seed: u64, log_lines: usize) -> Plan {

@@ -257,10 +257,10 @@ fn killed_on(options: &[&str], plan: &Plan) -> Found {
         Victim::Replica(1),
         Victim::Replica(2),
     ];
-    let mut longest = Duration::ZERO;
+    let mut longest = (Duration::ZERO, Victim::Target);
     for (victim, mib) in victims.into_iter().zip((68..).step_by(4)) {
         let took = expand_and_kill(&mut grown, victim, mib).with_context(|| format!("{victim:?}"))?;
-        longest = longest.max(took);
+        longest = if took > longest.0 { (took, victim) } else { longest };
         ensure!(fio.is_running()?, "fio ended: {victim:?}");
         grown.site.wait_in_sync(VOLUME, COPY_LIMIT)?;
     }
@@ -268,9 +268,10 @@ fn killed_on(options: &[&str], plan: &Plan) -> Found {
     fio.finish().with_context(|| grown.site.log_tail())?;
     let how = grown.how();
     let bytes = grown.finish()?;
-    ensure!(longest <= DONE_MAX, "an expansion was done after {longest:?}");
+    let (longest, last) = longest;
+    ensure!(longest <= DONE_MAX, "an expansion was done after {longest:?}: {last:?}");
     Ok(format!(
-        "3 deaths of carrickd, 1 of the target, 3 of replicas, each in an expansion: done after {} ms at most (bound {}); {how}; no error \
+        "3 deaths of carrickd, 1 of the target, 3 of replicas, each in an expansion: done after {} ms at most ({last:?}; bound {}); {how}; no error \
          in fio, {bytes} bytes the same on all replicas",
         longest.as_millis(),
         DONE_MAX.as_millis()

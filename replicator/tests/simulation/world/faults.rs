@@ -158,19 +158,19 @@ impl World {
             FaultKind::Renew => self.renew(index),
             FaultKind::Move => self.go_on_moving(index),
             FaultKind::PowerEverywhere => self.power_fails_everywhere(),
-            FaultKind::Power if self.is_peaceful() => {
+            FaultKind::Power if self.is_peaceful(index) => {
                 self.kill_replica(index, PowerLoss::Yes);
                 self.coverage.power_losses += 1;
                 self.calm = Some(Calm::Restarting(index));
             }
-            FaultKind::FailSync if self.is_peaceful() => {
+            FaultKind::FailSync if self.is_peaceful(index) => {
                 let everywhere = self.fault_kinds.contains(&FaultKind::PowerEverywhere) && self.dice.coin();
                 self.note(format!("the next sync of replica {index} will fail, and of all: {everywhere}"));
                 let machines = self.machines.iter_mut().enumerate();
                 machines.filter(|(other, _)| everywhere || *other == index).for_each(|(_, machine)| machine.store.fail_next_sync());
                 self.calm = Some(Calm::Failing { index, everywhere });
             }
-            FaultKind::Rot if self.is_peaceful() => self.rot(index),
+            FaultKind::Rot if self.is_peaceful(index) => self.rot(index),
             FaultKind::Power | FaultKind::FailSync | FaultKind::Rot => {}
         }
     }
@@ -225,8 +225,8 @@ impl World {
         }
     }
 
-    /// Whether a machine may lose what it has acknowledged: the others have it, and the target, which knows what counts, won't go.
-    fn is_peaceful(&self) -> bool {
+    /// Whether this machine may lose what it has acknowledged: the others have it, and the target, which knows what counts, won't go.
+    fn is_peaceful(&self, index: usize) -> bool {
         let others = |connection: &ConnectionId| !self.is_current(self.connections[connection].incarnation);
         let is_trouble = |event: &Event| match event {
             Event::EndTarget(_) | Event::Stop(..) | Event::Kill(_) => true,
@@ -235,8 +235,9 @@ impl World {
             Event::GoneAtReplica(connection) | Event::GoneAtTarget(connection) => !others(connection),
             _ => false,
         };
-        // Of one, nobody else has it.
-        self.machines.len() > 1
+        // Of one, nobody else has it, nor if all others are about to go.
+        let is_left = |other: usize| other != index && !self.retiring.contains(MemberIndex(other));
+        (0..self.machines.len()).any(is_left)
             && self.old.is_none()
             && self.all_joined()
             && self.all_count()
