@@ -16,6 +16,8 @@
 //! | `differs` | says that its replicas differ in a block, once they were compared |
 //! | `deaf` | never answers a request to detach, unless a file `cured` is in the run directory |
 //!
+//! A file `lost` in the run directory makes all replicas come back without what was acknowledged last.
+//!
 //! A file `slow` in a store's folder makes each creation and expansion there last a second, a file `broken` makes it fail; what is in a file
 //! `poisoned` is why the store takes no more operations.
 
@@ -297,10 +299,15 @@ fn target_answer(config: &TargetConfig, run: &RunDirectory, started: Instant, re
             if has_device {
                 fs::write(&device_file, &config.name).map_err(text)?;
             }
+            let lost = run.root().join("lost").exists();
             let member = |replica: &carrick_replicator::control::ReplicaAddress| MemberReport {
                 store: replica.store,
                 endpoint: replica.endpoint.clone(),
-                state: if serving { MemberState::InSync } else { MemberState::Disconnected },
+                state: match serving {
+                    true if lost => MemberState::Behind,
+                    true => MemberState::InSync,
+                    false => MemberState::Disconnected,
+                },
                 counts: true,
                 copied: None,
                 seconds_left: None,

@@ -80,6 +80,26 @@ fn a_replica_that_no_longer_counts_is_replaced_in_another_store() {
     assert_eq!(node.operation("replace"), ["succeeded", "copy", ""]);
 }
 
+/// Only the target knows what was acknowledged: if it were killed, to be told of another replica, the next one would go on with less.
+#[test]
+fn a_target_whose_replicas_have_all_lost_something_lives_until_the_operator_decides() {
+    let node = Node::new(4);
+    let volume = node.carrick(&["volume", "create", "vm1", "--size", "1G"]).ok();
+    node.carrick(&["attach", "vm1"]).ok();
+    let (old, target) = (volume["replicas"][1]["store"].as_str().unwrap(), node.pids("target"));
+    node.leave_out(&volume, old);
+    std::fs::write(node.run("lost"), "").unwrap();
+    let message = node.carrick(&["volume", "replace", "vm1", old]).fails(5, "VOLUME_NOT_READY");
+    assert!(message.contains("volume vm1 gets no other replica as long as requests wait"), "{message}");
+    assert_eq!((node.operation("replace"), node.pids("target")), (["running", "make", "VOLUME_NOT_READY"].map(Into::into), target.clone()));
+    let told = node.carrick(&["explain", "vm1"]).ok()["findings"].to_string();
+    assert!(told.contains("gets no other replica"), "{told}");
+    node.carrick(&["detach", "--force", "vm1"]).ok();
+    std::fs::remove_file(node.run("lost")).unwrap();
+    node.carrick(&["attach", "vm1"]).ok();
+    node.wait_for("the new replica to be told of", |node| (node.operation("replace")[1] == "copy").then_some(()));
+}
+
 #[test]
 fn a_volume_whose_counting_replicas_are_lost_is_salvaged_only_if_that_is_said() {
     let node = Node::new(3);

@@ -216,7 +216,7 @@ impl Member {
             Stage::Down { .. } | Stage::Connecting => MemberState::Disconnected,
             Stage::Joined => MemberState::InSync,
             Stage::CopyBeginning | Stage::Copying | Stage::CopyAdopting | Stage::Reconciling { .. } => MemberState::Copying,
-            Stage::Promised(_) if !self.in_sync => MemberState::Behind,
+            Stage::Promised(_) => MemberState::Behind,
             _ => MemberState::Joining,
         }
     }

@@ -8,8 +8,8 @@
 use std::time::Duration;
 
 use carrick_backing_store::{ReplicaSpec, StoreId, VolumeId};
-use carrick_ctl::fault::Fault;
-use carrick_replicator::control::MemberState;
+use carrick_ctl::fault::{Fault, Reason};
+use carrick_replicator::control::{MemberState, TargetPhase};
 
 use crate::context::Context;
 use crate::control;
@@ -127,16 +127,38 @@ pub async fn join(context: &Context, volume: VolumeRecord) -> Result<VolumeRecor
     let spec = ReplicaSpec { volume: volume.id, size: volume.size };
     for store in volume.joining.clone() {
         if let Err(fault) = make_replica(context, spec, store).await {
-            let is_it = |task: &Task| matches!(task, Task::Build { to, .. } if *to == store);
-            operations::waits(context, volume.id, is_it, &fault).await?;
-            return Err(fault);
+            return cannot_join(context, &volume, store, fault).await;
         }
     }
-    if volume.joining.is_empty() {
-        return Ok(volume);
+    let Some(&first) = volume.joining.first() else { return Ok(volume) };
+    if let Some(fault) = waits_for_an_operator(context, &volume).await {
+        return cannot_join(context, &volume, first, fault).await;
     }
     launch::kill_what_runs(context, ProcessId::Target(volume.id)).await;
     change(context, volume.clone(), VolumeRecord { joining: Vec::new(), ..volume }).await
+}
+
+/// Its operation says why.
+async fn cannot_join(context: &Context, volume: &VolumeRecord, store: StoreId, fault: Fault) -> Result<VolumeRecord, Fault> {
+    let is_it = |task: &Task| matches!(task, Task::Build { to, .. } if *to == store);
+    operations::waits(context, volume.id, is_it, &fault).await?;
+    Err(fault)
+}
+
+/// Why the target must live on: all that counts and answers has come back without what it had acknowledged, which only this target knows.
+/// The next one would go on with less, and tell nobody.
+async fn waits_for_an_operator(context: &Context, volume: &VolumeRecord) -> Option<Fault> {
+    if !context.state().attachments.contains_key(&volume.id) {
+        return None;
+    }
+    let Some(Ok(status)) = survey::targets(context, [volume.id]).await.remove(&volume.id) else { return None };
+    let is_any = |state: MemberState| status.replicas.iter().any(|member| member.counts && member.state == state);
+    if status.phase != TargetPhase::Serving || is_any(MemberState::InSync) || !is_any(MemberState::Behind) {
+        return None;
+    }
+    let what = status.waiting_for.unwrap_or_else(|| "a replica with everything".into());
+    let message = format!("volume {} gets no other replica as long as requests wait for {what}", volume.name);
+    Some(Fault::new(Reason::VolumeNotReady, &volume.name, message))
 }
 
 /// Deletes the old ones. `false` if a store did not do it: it is asked again, and meanwhile others may work on the volume.

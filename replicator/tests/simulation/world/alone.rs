@@ -2,6 +2,8 @@
 
 use carrick_backing_store::PowerLoss;
 
+use carrick_replicator::control::MemberState;
+
 use super::faults::FaultKind;
 use super::{SECOND, World};
 
@@ -27,6 +29,11 @@ impl World {
             if told.is_some() {
                 break;
             }
+        }
+        // By this carrickd knows that it mustn't end this target (`ctl/src/bin/carrickd/moves.rs`).
+        let member = self.engine().map(|engine| engine.members().remove(0));
+        if !member.as_ref().is_some_and(|member| member.counts && member.state == MemberState::Behind) {
+            return Err(format!("it is not shown as one that counts and lacks something: {member:?}"));
         }
         let told = told.ok_or_else(|| format!("it waits for nothing: {}", self.describe()))?;
         let completed = self.completed;
