@@ -449,6 +449,8 @@ fn a_detachment_cut_off_by_a_crash_is_finished() {
     client.wait().unwrap();
     node.start();
     assert_eq!(node.operation("detach")[0], "running");
+    assert_eq!(node.carrick(&["operation", "list", "--running"]).ok().as_array().unwrap().len(), 1);
+    assert_eq!(node.carrick(&["operation", "list", "deaf"]).ok().as_array().unwrap().len(), 3);
     fs::write(node.run("cured"), "").unwrap();
     node.wait_for("its end", |node| node.carrick(&["volume", "show", "deaf"]).ok()["attachment"].is_null().then_some(()));
     assert_eq!(node.operation("detach"), ["succeeded", "device", ""]);

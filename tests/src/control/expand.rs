@@ -269,7 +269,7 @@ fn killed_on(options: &[&str], plan: &Plan) -> Found {
     let how = grown.how();
     let bytes = grown.finish()?;
     let (longest, last) = longest;
-    ensure!(longest <= DONE_MAX, "an expansion was done after {longest:?}: {last:?}");
+    ensure!(longest <= DONE_MAX, "an expansion was done after {longest:?}: {last:?}; {how}");
     Ok(format!(
         "3 deaths of carrickd, 1 of the target, 3 of replicas, each in an expansion: done after {} ms at most ({last:?}; bound {}); {how}; no error \
          in fio, {bytes} bytes the same on all replicas",

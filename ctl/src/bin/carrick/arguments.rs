@@ -184,6 +184,9 @@ pub enum OperationCommand {
     List {
         /// Of this volume only
         volume: Option<String>,
+        /// Only what is under way
+        #[arg(long)]
+        running: bool,
     },
     /// Show one
     Show {

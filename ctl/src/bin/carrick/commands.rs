@@ -171,7 +171,11 @@ async fn wait_until_empty(client: &Client, output: &Output, store: String) -> Re
         if store.volumes.is_empty() && store.leaving_volumes.is_empty() {
             return Ok(store);
         }
-        let operations = client.operations().list_operations(question(v1::ListOperationsRequest { volume: None })).await?.into_inner();
+        let operations = client
+            .operations()
+            .list_operations(question(v1::ListOperationsRequest { only_running: true, ..v1::ListOperationsRequest::default() }))
+            .await?
+            .into_inner();
         let progress = words::eviction(&store, &operations.operations);
         if progress != shown {
             output.progress(&progress)?;
@@ -287,8 +291,9 @@ async fn volume(client: &Client, output: &Output, command: VolumeCommand) -> Res
 async fn operation(client: &Client, output: &Output, command: OperationCommand) -> Result<(), Problem> {
     let mut operations = client.operations();
     match command {
-        OperationCommand::List { volume } => {
-            let answer = operations.list_operations(question(v1::ListOperationsRequest { volume })).await?.into_inner();
+        OperationCommand::List { volume, running } => {
+            let request = v1::ListOperationsRequest { volume, only_running: running };
+            let answer = operations.list_operations(question(request)).await?.into_inner();
             output.show(&answer.operations, |operations| words::operations(operations))
         }
         OperationCommand::Show { operation } => {

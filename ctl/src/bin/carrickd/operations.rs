@@ -31,9 +31,11 @@ pub fn resolve<'a>(state: &'a State, text: &str) -> Result<&'a OperationRecord, 
     })
 }
 
-/// All, or those of one volume, the newest first.
-pub fn list(state: &State, volume: Option<&str>) -> Vec<v1::Operation> {
-    let wanted = |operation: &&OperationRecord| volume.is_none_or(|name| operation.name.as_str() == name);
+/// Those that are asked for, the newest first.
+pub fn list(state: &State, asked: &v1::ListOperationsRequest) -> Vec<v1::Operation> {
+    let wanted = |operation: &&OperationRecord| {
+        asked.volume.as_ref().is_none_or(|name| operation.name.as_str() == name) && (operation.is_running() || !asked.only_running)
+    };
     let mut found: Vec<_> = state.operations.values().filter(wanted).collect();
     found.reverse();
     found.into_iter().map(|operation| message(state, operation)).collect()

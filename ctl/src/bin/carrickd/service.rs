@@ -249,8 +249,7 @@ impl VolumeService for Services {
 #[tonic::async_trait]
 impl OperationService for Services {
     async fn list_operations(&self, request: Request<v1::ListOperationsRequest>) -> Result<Response<v1::ListOperationsResponse>, Status> {
-        let v1::ListOperationsRequest { volume } = request.into_inner();
-        let operations = operations::list(&self.context.state(), volume.as_deref());
+        let operations = operations::list(&self.context.state(), &request.into_inner());
         Ok(Response::new(v1::ListOperationsResponse { operations }))
     }
 

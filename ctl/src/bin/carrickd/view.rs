@@ -255,14 +255,14 @@ impl View<'_> {
                     problems.push(format!("volume {name}: its replicas differ in {unsettled} blocks, and nobody can tell which is right"));
                 }
             }
-            for operation in volume.operation.iter().chain(&volume.more_operations) {
-                let waits = |why| format!("volume {name}: that {} waits: {why}", operations::goal(operation));
-                problems.extend(operation.message.as_ref().map(waits));
-            }
             if volume.state() == v1::VolumeState::Deleting {
                 let stores: Vec<_> = volume.replicas.iter().map(|replica| replica.store_path.as_str()).collect();
                 problems.push(format!("volume {name} is deleted, but for its replicas in {}", stores.join(", ")));
                 continue;
+            }
+            for operation in volume.operation.iter().chain(&volume.more_operations) {
+                let waits = |why| format!("volume {name}: that {} waits: {why}", operations::goal(operation));
+                problems.extend(operation.message.as_ref().map(waits));
             }
             let left = volume.leaving_stores.iter();
             problems

@@ -90,7 +90,7 @@ impl Request {
         match self {
             Self::Status => json(NodeServiceClient::new(channel).get_status(v1::GetStatusRequest {}).await?.into_inner()),
             Self::Operations => {
-                let request = v1::ListOperationsRequest { volume: None };
+                let request = v1::ListOperationsRequest { only_running: true, volume: None };
                 json(OperationServiceClient::new(channel).list_operations(request).await?.into_inner().operations)
             }
             Self::Cancel { operation } => {

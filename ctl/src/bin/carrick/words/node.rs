@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use carrick_backing_store::size::HumanSize;
-use carrick_ctl::v1::{DrainNodeResponse, Node, Operation, OperationState, Store};
+use carrick_ctl::v1::{DrainNodeResponse, Node, Operation, Store};
 
 use super::{NONE, health, operation_line, property};
 
@@ -40,7 +40,7 @@ pub fn drained(answer: &DrainNodeResponse) -> String {
 pub fn eviction(store: &Store, operations: &[Operation]) -> String {
     let mut text = String::new();
     for operation in operations {
-        if operation.state() == OperationState::Running && operation.from_store.as_deref() == Some(store.path.as_str()) {
+        if operation.from_store.as_deref() == Some(store.path.as_str()) {
             text.push_str(&operation_line(operation));
         }
     }
