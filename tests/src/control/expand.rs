@@ -286,7 +286,7 @@ fn expand_and_kill(grown: &mut Grown, victim: Victim, mib: u64) -> anyhow::Resul
         Victim::Daemon(step) => {
             grown.site.kill_daemon()?;
             grown.site.start_daemon_with(&["--crash-at", step])?;
-            grown.site.wait_in_sync(VOLUME, SOON)?;
+            grown.site.wait_in_sync(VOLUME, COPY_LIMIT)?;
             // It may die before it has answered.
             let _ = grown.site.try_carrick(&request)?;
             grown.site.wait_daemon_dead()?;
