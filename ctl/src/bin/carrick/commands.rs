@@ -128,7 +128,9 @@ async fn store(client: &Client, output: &Output, command: StoreCommand) -> Resul
         }
         StoreCommand::Show { store } => {
             let answer = stores.get_store(question(v1::GetStoreRequest { store })).await?.into_inner();
-            output.show(&answer.store.unwrap_or_default(), words::store)
+            // And what its disks say of themselves: programs ask carrick doctor.
+            let disks = |store: &v1::Store| doctor::words(&doctor::healths(std::slice::from_ref(store)));
+            output.show(&answer.store.unwrap_or_default(), |store| words::store(store) + &disks(store))
         }
         StoreCommand::Enable { store } => output.show(&place(client, store, v1::StorePlacement::Enabled).await?, words::store),
         StoreCommand::Disable { store } => output.show(&place(client, store, v1::StorePlacement::Disabled).await?, words::store),

@@ -201,7 +201,7 @@ fn judge(name: String, disk: &Disk, flushes: &Flushes) -> Check {
 }
 
 /// What the disks under the stores say of themselves, each once.
-fn healths(stores: &[v1::Store]) -> Vec<Check> {
+pub fn healths(stores: &[v1::Store]) -> Vec<Check> {
     // Whose disk can't be found was told with its flushes.
     let disks: BTreeSet<_> = stores.iter().filter_map(|store| Disk::of(Path::new(&store.path)).ok()).flat_map(|disk| disk.each()).collect();
     disks.iter().filter_map(|disk| smart::health(Path::new("smartctl"), disk)).collect()
