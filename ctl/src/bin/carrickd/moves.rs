@@ -3,7 +3,8 @@
 //! **Order:** 1. the record: the new store takes the old one's place, the new one is *joining*, the old one *leaving*; 2. the new
 //! replica; 3. the target is killed, and with its next start, milliseconds later, it knows the new store: I/O waits so long; 4. the
 //! record: nobody joins any more; 5. the old replica is deleted, when its store answers; 6. the record: nobody leaves any more. A crash
-//! anywhere is followed by the same steps again from 2 on. The new replica counts once the target has copied everything to it.
+//! anywhere is followed by the same steps again from 2 on. The new replica counts once the target has copied everything to it. A target
+//! that waits since all of its replicas have lost something is not killed: the operator is to decide, who alone may end it.
 
 use std::time::Duration;
 
