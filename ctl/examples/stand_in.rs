@@ -147,6 +147,13 @@ fn serve(path: &Path, run: &RunDirectory) -> Result<()> {
     Ok(())
 }
 
+/// As a store that is slow does.
+fn take_time(path: &Path) {
+    if path.join("slow").exists() {
+        thread::sleep(Duration::from_secs(1));
+    }
+}
+
 fn replica_answer(path: &Path, run: &RunDirectory, store: StoreId, request: &ReplicaRequest) -> Result<ReplicaAnswer> {
     let there = replicas(path);
     let capacity: u64 = fs::read_to_string(path.join("capacity")).map_err(text)?.parse().map_err(text)?;
@@ -172,9 +179,7 @@ fn replica_answer(path: &Path, run: &RunDirectory, store: StoreId, request: &Rep
             })))
         }
         ReplicaRequest::Create { spec } => {
-            if path.join("slow").exists() {
-                thread::sleep(Duration::from_secs(1));
-            }
+            take_time(path);
             let refused = |code, message| Ok(ReplicaAnswer::Refused(ControlError { code, message }));
             if path.join("broken").exists() {
                 return refused(ControlErrorCode::Failed, "the disk failed".into());
@@ -206,9 +211,7 @@ fn replica_answer(path: &Path, run: &RunDirectory, store: StoreId, request: &Rep
                 let document = serde_json::to_vec(spec).map_err(text)?;
                 fs::write(path.join(format!("{}.replica", spec.volume)), document).map_err(text)?;
             }
-            if path.join("slow").exists() {
-                thread::sleep(Duration::from_secs(1));
-            }
+            take_time(path);
             Ok(ReplicaAnswer::Done)
         }
         ReplicaRequest::Delete { volume } => {

@@ -315,10 +315,7 @@ fn a_creation_cut_off_by_a_crash_is_undone_and_can_be_repeated() {
     let client = node.carrick_begin(&create);
     node.wait_for("the first replicas", |node| (node.replicas_in(1) == 1).then_some(()));
     assert_eq!(node.operation("create"), ["running", "replicas", ""]);
-    let id = node.operations("create")[0]["id"].as_str().unwrap().to_owned();
-    let mut watcher = node.carrick_begin(&["operation", "watch", &id]);
     node.kill_daemon();
-    watcher.wait().unwrap();
     let message = Answer::from(client.wait_with_output().unwrap()).fails(7, "DAEMON_UNREACHABLE");
     assert!(message.contains("may be done, or not"), "{message}");
     fs::remove_file(node.store_path(2).join("slow")).unwrap();

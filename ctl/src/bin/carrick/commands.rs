@@ -173,11 +173,8 @@ async fn wait_until_empty(client: &Client, output: &Output, store: String) -> Re
         if store.volumes.is_empty() && store.leaving_volumes.is_empty() {
             return Ok(store);
         }
-        let operations = client
-            .operations()
-            .list_operations(question(v1::ListOperationsRequest { only_running: true, ..v1::ListOperationsRequest::default() }))
-            .await?
-            .into_inner();
+        let running = v1::ListOperationsRequest { volume: None, only_running: true };
+        let operations = client.operations().list_operations(question(running)).await?.into_inner();
         let progress = words::eviction(&store, &operations.operations);
         if progress != shown {
             output.progress(&progress)?;

@@ -69,11 +69,7 @@ impl Story<'_> {
                 let of = |(kind, text): (EventKind, &str)| Some(self.volume(kind, self.after.volumes.get(volume)?, text));
                 event.and_then(of).into_iter().collect()
             }
-            Mutation::PutOperation(_) => {
-                // What the others come to is told as events of their own.
-                let steps = self.after.operations.values().filter(|operation| operation.task.has_own_steps());
-                steps.filter_map(|operation| self.operation(operation)).collect()
-            }
+            Mutation::PutOperation(_) => self.after.operations.values().filter_map(|operation| self.operation(operation)).collect(),
             Mutation::All(mutations) => mutations.iter().flat_map(|mutation| self.of(mutation)).collect(),
         }
     }
@@ -199,18 +195,18 @@ impl Story<'_> {
         self.replica(EventKind::VolumeSalvaged, volume, from, &text)
     }
 
-    /// What it is to do.
-    fn goal(&self, operation: &OperationRecord) -> String {
-        match operation.task {
+    /// What it is to do; `None`: what it comes to is told as events of their own.
+    fn goal(&self, operation: &OperationRecord) -> Option<String> {
+        Some(match operation.task {
             Task::Expand { to, .. } => format!("expand it to {}", HumanSize(to.bytes().get())),
             Task::Move { from, to, .. } => format!("move its replica in {} to {}", self.before.place(from), self.before.place(to)),
-            Task::Create | Task::Attach | Task::Detach | Task::Delete | Task::Build { .. } => operation.task.step_name().into(),
-        }
+            Task::Create | Task::Attach | Task::Detach | Task::Delete | Task::Build { .. } => return None,
+        })
     }
 
     fn operation(&self, operation: &OperationRecord) -> Option<NewEvent> {
         let before = self.before.operations.get(&operation.id);
-        let goals = [before.unwrap_or(operation), operation].map(|operation| self.goal(operation));
+        let goals = [self.goal(before.unwrap_or(operation))?, self.goal(operation)?];
         let (kind, text) = progress(before, operation, goals)?;
         let subject = Subject::Volume { id: operation.volume, name: operation.name.clone() };
         Some(self.event(kind, subject, None, &text))
