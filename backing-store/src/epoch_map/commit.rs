@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use super::codec::Writer;
-use super::journal::{BatchHead, BatchNumber, HEADER_BLOCKS_MAX, PAYLOAD_BLOCKS_MAX, body_room, encode_header, header_blocks};
+use super::journal::{BatchHead, BatchNumber, body_room, encode_header, header_blocks, header_max, payload_max};
 use super::record::{Record, Slot};
 use super::superblock::JournalHead;
 use super::{EpochMap, OpId, Purpose};
@@ -118,19 +118,10 @@ impl Journal {
         }
     }
 
-    /// Most payload blocks of one batch: small rings hold several.
-    fn payload_max(&self) -> usize {
-        PAYLOAD_BLOCKS_MAX.min(usize::try_from(self.ring / 16).unwrap_or(PAYLOAD_BLOCKS_MAX))
-    }
-
-    fn header_max(&self) -> usize {
-        HEADER_BLOCKS_MAX.min(usize::try_from(self.ring / 64).unwrap_or(HEADER_BLOCKS_MAX))
-    }
-
     /// Whether another operation's records surely fit into the ring.
     pub(super) fn has_room(&self) -> bool {
         // The batch being built, the one after it, what a wrap may leave empty, and the blocks that keep full from looking empty.
-        let batch = (self.payload_max() + self.header_max()) as u64;
+        let batch = (payload_max(self.ring) + header_max(self.ring)) as u64;
         self.used + 3 * batch + 2 <= self.ring
     }
 
@@ -190,8 +181,8 @@ impl<D: Disk> EpochMap<D> {
         records.iter().for_each(|record| record.encode(&mut body));
         let blocks: usize = payload.iter().map(|piece| piece.len() / BLOCK_SIZE as usize).sum();
         let building = &self.journal.building;
-        let fits = building.body.bytes.len() + body.bytes.len() <= body_room(self.journal.header_max())
-            && building.payload_blocks + blocks <= self.journal.payload_max();
+        let fits = building.body.bytes.len() + body.bytes.len() <= body_room(header_max(self.journal.ring))
+            && building.payload_blocks + blocks <= payload_max(self.journal.ring);
         if !fits {
             self.seal();
         }

@@ -33,9 +33,20 @@ const VERSION: u16 = 1;
 const FIXED: usize = 80;
 const CHECKSUM_AT: usize = 72;
 /// Most header blocks of a batch: 64 KiB of records. The largest single operation's take 6 KiB.
-pub(super) const HEADER_BLOCKS_MAX: usize = 16;
+const HEADER_BLOCKS_MAX: usize = 16;
 /// Most payload blocks of a batch: 1 MiB, one I/O.
-pub(super) const PAYLOAD_BLOCKS_MAX: usize = 256;
+const PAYLOAD_BLOCKS_MAX: usize = 256;
+
+/// Most header blocks of a batch in a ring of so many blocks: small rings hold several.
+pub(super) fn header_max(ring: u64) -> usize {
+    HEADER_BLOCKS_MAX.min(usize::try_from(ring / 64).unwrap_or(HEADER_BLOCKS_MAX))
+}
+
+/// Most payload blocks of a batch in a ring of so many blocks.
+pub(super) fn payload_max(ring: u64) -> usize {
+    PAYLOAD_BLOCKS_MAX.min(usize::try_from(ring / 16).unwrap_or(PAYLOAD_BLOCKS_MAX))
+}
+
 /// Room for records in so many header blocks.
 pub(super) const fn body_room(header_blocks: usize) -> usize {
     header_blocks * BLOCK - FIXED

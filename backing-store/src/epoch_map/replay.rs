@@ -11,7 +11,7 @@ use super::EpochMap;
 use super::catalog::Owners;
 use super::codec::FormatError;
 use super::commit::Journal;
-use super::journal::{Batch, BatchNumber, HEADER_BLOCKS_MAX, PAYLOAD_BLOCKS_MAX, decode_header, header_length};
+use super::journal::{Batch, BatchNumber, decode_header, header_length, header_max, payload_max};
 use super::open::decode_page;
 use super::record::{Record, Run, Slot};
 use super::superblock::JournalHead;
@@ -190,7 +190,9 @@ impl<D: Disk> EpochMap<D> {
             return Ok(found);
         }
         // One bad block in what follows must not be taken for a bad block here.
-        match self.direct().read(at, READ_AHEAD.max(blocks).min(left.max(blocks))) {
+        // Of a small ring not a large part.
+        let ahead = READ_AHEAD.min(usize::try_from(geometry.journal_blocks / 32).unwrap_or(READ_AHEAD));
+        match self.direct().read(at, ahead.max(blocks).min(left.max(blocks))) {
             Ok(read) => {
                 let read = read.share();
                 let found = read.slice(0..wanted);
@@ -239,17 +241,18 @@ impl<D: Disk> EpochMap<D> {
     /// The journal ends at `found`: by a crash, or because something in its middle is damaged? A later batch that was written when
     /// this one was on stable media tells.
     fn check_torn(&mut self, found: &Found) -> Result<(), StoreError> {
-        let reach = (2 * (HEADER_BLOCKS_MAX + PAYLOAD_BLOCKS_MAX)) as u64;
         let ring = self.superblock.geometry.journal_blocks;
-        // It is behind the end, or at the ring's beginning.
-        for start in [found.end.offset, 0] {
-            for offset in (0..reach.min(ring)).map(|step| (start + step) % ring) {
-                let Some(batch) = self.read_header(offset)? else { continue };
-                let head = &batch.head;
-                let is_later = head.store == self.superblock.id && head.offset == offset && head.incarnation >= found.incarnation;
-                if is_later && head.number > found.end.batch && head.synced >= found.end.batch {
-                    return Err(self.not_whole(found.end.batch));
-                }
+        let reach = (2 * (header_max(ring) + payload_max(ring))) as u64;
+        // It is behind the end, or at the ring's beginning. Each place is looked at once.
+        let behind = (0..reach).map(|step| (found.end.offset + step) % ring);
+        let is_behind = |offset: &u64| (offset + ring - found.end.offset) % ring < reach;
+        let beginning = (0..reach).filter(|offset| !is_behind(offset));
+        for offset in behind.chain(beginning) {
+            let Some(batch) = self.read_header(offset)? else { continue };
+            let head = &batch.head;
+            let is_later = head.store == self.superblock.id && head.offset == offset && head.incarnation >= found.incarnation;
+            if is_later && head.number > found.end.batch && head.synced >= found.end.batch {
+                return Err(self.not_whole(found.end.batch));
             }
         }
         Ok(())

@@ -2,6 +2,8 @@
 
 mod map;
 
+use std::cell::Cell;
+
 use carrick_backing_store::dice::Dice;
 use carrick_backing_store::{
     BlockIndex, Completion, MemoryStore, OpenedReplica, Operation, Outcome, PowerLoss, ReadData, ReplicaSpec, ReplicaStore, StoreError,
@@ -120,6 +122,8 @@ fn our_answer(completions: Vec<Completion>) -> Result<Outcome, String> {
 /// The store in memory: operations take effect whole, and a crash is a call.
 struct MemoryMachine {
     store: MemoryStore,
+    /// How many operations may complete, while that is known: it is asked for after every event.
+    ready: Cell<Option<usize>>,
     is_poisoned: bool,
     opened: u64,
 }
@@ -131,7 +135,7 @@ impl MemoryMachine {
             store = store.with_log_capacity(16);
         }
         store.create(spec(size)).unwrap();
-        Self { store, is_poisoned: false, opened: 0 }
+        Self { store, ready: Cell::new(None), is_poisoned: false, opened: 0 }
     }
 }
 
@@ -152,15 +156,19 @@ impl MachineStore for MemoryMachine {
     }
 
     fn submit(&mut self, token: Token, operation: Operation) {
+        self.ready.set(None);
         self.store.submit(volume(), token, operation);
     }
 
     fn ready(&self) -> usize {
-        self.store.ready().len()
+        let ready = self.ready.get().unwrap_or_else(|| self.store.ready().len());
+        self.ready.set(Some(ready));
+        ready
     }
 
     fn complete_one(&mut self, dice: &mut Dice) {
         let index = dice.index(self.ready());
+        self.ready.set(None);
         self.store.complete_one(index);
     }
 
@@ -173,6 +181,7 @@ impl MachineStore for MemoryMachine {
     }
 
     fn crash(&mut self, power_loss: PowerLoss, seed: u64) {
+        self.ready.set(None);
         self.store.crash(power_loss, seed);
         self.is_poisoned = false;
     }
@@ -192,6 +201,7 @@ impl MachineStore for MemoryMachine {
     fn do_now(&mut self, operation: Operation) -> Result<Outcome, String> {
         self.submit(OURS, operation);
         self.store.complete_all();
+        self.ready.set(None);
         let mut completions = Vec::new();
         self.store.reap(&mut completions);
         our_answer(completions)

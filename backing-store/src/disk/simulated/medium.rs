@@ -1,6 +1,7 @@
 //! What a simulated disk holds: of every block what is stable, and every value since the last sync, by sector.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::dice::Dice;
@@ -28,12 +29,13 @@ pub(super) fn overlay(onto: &mut Bytes, from: &Bytes, set: u8) {
     }
 }
 
-/// A block from a slice of its length.
+/// A block from a slice of its length, copied once.
 pub(super) fn block_of(slice: &[u8]) -> Arc<Bytes> {
-    let mut bytes = [0; BLOCK];
-    bytes.copy_from_slice(slice);
-    Arc::new(bytes)
+    Arc::<[u8]>::from(slice).try_into().unwrap_or_else(|odd: Arc<[u8]>| panic!("a block has {BLOCK} bytes, not {}", odd.len()))
 }
+
+/// Blocks that mean nothing. So many that no two neighbours need be the same, and few enough to be made once.
+const GARBAGE: usize = 16;
 
 /// Bytes that mean nothing.
 fn garbage(dice: &mut Dice) -> Arc<Bytes> {
@@ -72,8 +74,9 @@ struct Block {
 /// The blocks. Deterministic: it iterates in the order of the blocks only.
 #[derive(Clone, Debug)]
 pub(super) struct Medium {
-    seed: u64,
     blocks: BTreeMap<u64, Block>,
+    garbage: [Arc<Bytes>; GARBAGE],
+    zeroes: Arc<Bytes>,
     /// Those with layers.
     unsynced: BTreeSet<u64>,
     completed: u64,
@@ -83,7 +86,15 @@ pub(super) struct Medium {
 
 impl Medium {
     pub(super) fn new(seed: u64) -> Self {
-        Self { seed, blocks: BTreeMap::new(), unsynced: BTreeSet::new(), completed: 0, garbage_when_unwritten: true }
+        let mut dice = Dice::new(seed);
+        Self {
+            blocks: BTreeMap::new(),
+            garbage: std::array::from_fn(|_| garbage(&mut dice)),
+            zeroes: Arc::new([0; BLOCK]),
+            unsynced: BTreeSet::new(),
+            completed: 0,
+            garbage_when_unwritten: true,
+        }
     }
 
     /// How many writes have completed: what a sync submitted now covers.
@@ -91,34 +102,42 @@ impl Medium {
         self.completed
     }
 
-    fn unwritten(&self, block: u64) -> Arc<Bytes> {
-        if self.garbage_when_unwritten { garbage(&mut Dice::new(self.seed ^ Dice::new(block).number())) } else { Arc::new([0; BLOCK]) }
+    /// What a block that was never written holds: always the same.
+    fn unwritten(&self, block: u64) -> &Arc<Bytes> {
+        if self.garbage_when_unwritten { self.garbage(&mut Dice::new(block)) } else { &self.zeroes }
+    }
+
+    fn garbage(&self, dice: &mut Dice) -> &Arc<Bytes> {
+        &self.garbage[dice.index(GARBAGE)]
     }
 
     /// What a block holds if it isn't discarded.
     pub(super) fn content(&self, block: u64) -> Arc<Bytes> {
-        self.blocks.get(&block).map_or_else(|| self.unwritten(block), |found| Arc::clone(&found.now))
+        Arc::clone(self.blocks.get(&block).map_or_else(|| self.unwritten(block), |found| &found.now))
     }
 
     /// What a read finds: of a discarded block anything, and another thing each time.
-    pub(super) fn read(&self, block: u64, dice: &mut Dice) -> Arc<Bytes> {
-        match self.blocks.get(&block) {
-            Some(found) if found.undefined => match dice.below(4) {
-                0 => Arc::new([0; BLOCK]),
-                1 => garbage(dice),
-                2 => Arc::clone(&found.stable),
-                _ => Arc::clone(&found.now),
-            },
-            _ => self.content(block),
+    pub(super) fn read(&self, blocks: Range<u64>, dice: &mut Dice, mut found: impl FnMut(u64, &Bytes, &mut Dice)) {
+        let mut written = self.blocks.range(blocks.clone()).peekable();
+        for block in blocks {
+            let bytes = match written.next_if(|(at, _)| **at == block) {
+                Some((_, known)) if known.undefined => match dice.below(4) {
+                    0 => &self.zeroes,
+                    1 => self.garbage(dice),
+                    2 => &known.stable,
+                    _ => &known.now,
+                },
+                Some((_, known)) => &known.now,
+                None => self.unwritten(block),
+            };
+            found(block, bytes, dice);
         }
     }
 
     fn block(&mut self, block: u64) -> &mut Block {
-        let unwritten = if self.blocks.contains_key(&block) { None } else { Some(self.unwritten(block)) };
-        self.blocks.entry(block).or_insert_with(|| {
-            let stable = unwritten.unwrap_or_else(|| Arc::new([0; BLOCK]));
-            Block { now: Arc::clone(&stable), stable, earlier: None, layers: Vec::new(), undefined: false }
-        })
+        let stable = Arc::clone(self.unwritten(block));
+        let new = || Block { now: Arc::clone(&stable), stable, earlier: None, layers: Vec::new(), undefined: false };
+        self.blocks.entry(block).or_insert_with(new)
     }
 
     /// A write, or a part of one, has reached the disk's cache.
@@ -143,8 +162,8 @@ impl Medium {
     pub(super) fn discard(&mut self, block: u64, dice: &mut Dice) {
         if self.blocks.contains_key(&block) {
             match dice.below(3) {
-                0 => self.write(block, &Arc::new([0; BLOCK]), WHOLE),
-                1 => self.write(block, &garbage(dice), WHOLE),
+                0 => self.write(block, &Arc::clone(&self.zeroes), WHOLE),
+                1 => self.write(block, &Arc::clone(self.garbage(dice)), WHOLE),
                 _ => {}
             }
             self.block(block).undefined = true;
@@ -227,7 +246,11 @@ impl Block {
                 kept.push(layer);
                 continue;
             }
-            overlay(Arc::make_mut(&mut self.stable), &layer.bytes, layer.sectors);
+            if layer.sectors == WHOLE {
+                self.stable = Arc::clone(&layer.bytes);
+            } else {
+                overlay(Arc::make_mut(&mut self.stable), &layer.bytes, layer.sectors);
+            }
             // What was written before to these sectors can't come back.
             kept.iter_mut().for_each(|older| older.sectors &= !layer.sectors);
         }

@@ -71,6 +71,14 @@ pub struct DiskImage {
     dice: Dice,
 }
 
+impl DiskImage {
+    /// The same content for disks that will have another fate.
+    #[must_use]
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { dice: Dice::new(seed), ..self }
+    }
+}
+
 impl SimulatedDisk {
     /// An empty disk of so many blocks, opened for the first time.
     #[must_use]

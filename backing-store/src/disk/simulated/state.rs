@@ -215,19 +215,23 @@ impl State {
         if hits(&mut self.faults.bad_reads, &range) {
             return Err(broken());
         }
-        for (block, out) in range.zip(buffer.as_chunks_mut::<BLOCK>().0) {
-            out.copy_from_slice(&*self.medium.read(block, &mut self.dice));
+        let meets = |other: &&InFlight| matches!(other.work, DiskWork::Write { .. }) && overlap(&range, &range_of(&other.work));
+        let beside: Vec<&InFlight> = self.in_flight.iter().filter(meets).collect();
+        let mut out = buffer.as_chunks_mut::<BLOCK>().0.iter_mut();
+        self.medium.read(range, &mut self.dice, |block, bytes, dice| {
+            let Some(out) = out.next() else { return };
+            *out = *bytes;
             // A write in flight may be there already, in part.
-            for other in &self.in_flight {
+            for other in &beside {
                 let there = range_of(&other.work);
                 if let DiskWork::Write { pieces, .. } = &other.work
                     && there.contains(&block)
                     && let Some(new) = usize::try_from(block - there.start).ok().and_then(|index| blocks_of(pieces).nth(index))
                 {
-                    overlay(out, &block_of(new), self.dice.number().to_le_bytes()[0]);
+                    overlay(out, &block_of(new), dice.number().to_le_bytes()[0]);
                 }
             }
-        }
+        });
         Ok(buffer)
     }
 
