@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::endpoint::Endpoint;
-use crate::engine::{Attachment, ConfigVersion};
+use crate::engine::{Attachment, ConfigVersion, Predecessor};
 use crate::limits::{Delays, Limits};
 
 /// Longest line in either direction: a status of a thousand replicas fits with room to spare.
@@ -352,6 +352,9 @@ pub struct TargetConfig {
     /// Whether there is to be no device at all: nobody uses the volume, and its replicas get what they lack.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub tends: bool,
+    /// Whether another host's target may still serve the volume, which is to be fenced.
+    #[serde(default, skip_serializing_if = "Predecessor::has_ended")]
+    pub predecessor: Predecessor,
 }
 
 /// Whether what users get is a device of the device mapper in front of the ublk device. It can grow while it is used on kernels that can't

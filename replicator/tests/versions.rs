@@ -18,7 +18,7 @@ use carrick_replicator::control::{
     TargetRequest, TargetStatus, VerificationReport, VolumeConfig,
 };
 use carrick_replicator::endpoint::Endpoint;
-use carrick_replicator::engine::{Attachment, ConfigVersion};
+use carrick_replicator::engine::{Attachment, ConfigVersion, Predecessor};
 use carrick_replicator::limits::{Delays, Limits, Requests};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -112,6 +112,7 @@ fn what_a_target_is_told_at_its_start() {
         attachment: Attachment::new(3),
         map: Map::Always,
         tends: true,
+        predecessor: Predecessor::MayServe,
     };
     let least = TargetConfig {
         retiring: Vec::new(),
@@ -120,6 +121,7 @@ fn what_a_target_is_told_at_its_start() {
         records: None,
         map: Map::Auto,
         tends: false,
+        predecessor: Predecessor::Ended,
         ..full.clone()
     };
     understands("target-config", &[full, least]);

@@ -191,7 +191,7 @@ fn failed(what: &str, error: &io::Error) -> ControlError {
 mod tests {
     use carrick_backing_store::VolumeSize;
     use carrick_replicator::control::{Map, ReplicaAddress};
-    use carrick_replicator::engine::Attachment;
+    use carrick_replicator::engine::{Attachment, Predecessor};
     use carrick_replicator::limits::{Limits, Requests};
 
     use super::*;
@@ -211,6 +211,7 @@ mod tests {
             limits: Limits::default(),
             map: Map::Auto,
             tends: false,
+            predecessor: Predecessor::Ended,
             replicas: vec![ReplicaAddress {
                 store: "0f8fad5b-d9cb-469f-a165-70867728950e".parse().unwrap(),
                 endpoint: "unix:/run/carrick/replica/x.sock".parse().unwrap(),

@@ -8,7 +8,7 @@ use std::thread;
 
 use carrick_backing_store::{BufferPool, VolumeId};
 use carrick_replicator::control::{ControlError, ControlErrorCode, RunDirectory, TargetAnswer, TargetConfig};
-use carrick_replicator::engine::{ConfigRequest, EngineConfig, MemberIndex, MemberSet, Predecessor};
+use carrick_replicator::engine::{ConfigRequest, EngineConfig, MemberIndex, MemberSet};
 use carrick_replicator::io::{ControlSocket, Primary, PrimaryError, Sender, listen_unix, mailbox};
 use uuid::Uuid;
 
@@ -113,7 +113,9 @@ fn leave_folder(options: Options) -> io::Result<Options> {
 fn start(options: &Options, config: TargetConfig, block: LogicalBlock, farewell: &Arc<Farewell>) -> Result<Service, ControlError> {
     let (mut driver, features) = preflight::open_driver()?;
     features.check()?;
-    service::check_unserved(&mut driver, config.volume)?;
+    if config.predecessor.has_ended() {
+        service::check_unserved(&mut driver, config.volume)?;
+    }
     // Before threads are made.
     process::prepare();
     let path = options.run.target_control(config.volume);
@@ -191,8 +193,7 @@ fn serve(
         changes_config: records.is_some(),
         retiring: retiring(&config),
         attachment: config.attachment,
-        // carrickd starts one target after the other has ended, and the kernel gives a device to one process at a time.
-        predecessor: Predecessor::Ended,
+        predecessor: config.predecessor,
         labels: config.replicas.iter().map(|replica| format!("the replica in store {}", replica.store)).collect(),
         ..EngineConfig::new(config.volume, config.size, config.replicas.len(), seed)
     };

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use carrick_backing_store::{ByteLength, Extent, SharedBuffer, Term, VolumeId, VolumeSize};
+use serde::{Deserialize, Serialize};
 
 use super::config::{Attachment, ConfigRequest, MemberSet};
 use crate::wire::Frame;
@@ -16,12 +17,22 @@ pub struct MemberIndex(pub usize);
 pub struct RequestTag(pub u64);
 
 /// What is known of whoever was primary before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Predecessor {
     /// All who ever were have ended, or there was none.
+    #[default]
     Ended,
     /// One may still run, and answer reads until its lease ends: nothing is served before.
     MayServe,
+}
+
+impl Predecessor {
+    /// Whether nobody is there any more.
+    #[must_use]
+    pub const fn has_ended(&self) -> bool {
+        matches!(self, Self::Ended)
+    }
 }
 
 /// What an engine is for, and its limits.

@@ -6,6 +6,7 @@ mod flakey;
 mod link;
 mod network;
 mod nodes;
+mod other_host;
 mod partition;
 mod qos;
 mod replace;
@@ -102,6 +103,12 @@ pub fn items() -> Vec<Item> {
             name: "takeover",
             promise: "the target killed while one node is lost: its successor serves at most 10 s later, nothing wrong in fio verify",
             run: partition::takeover,
+        },
+        Item {
+            name: "other-host",
+            promise: "a target on another host takes over while the first is cut off or stopped, in a loop: when it is back, it reads and \
+                      writes nothing, and ends; nothing wrong in fio verify",
+            run: other_host::takeovers,
         },
         Item {
             name: "loss",

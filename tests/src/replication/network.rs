@@ -13,6 +13,11 @@ const PORT: u16 = 7100;
 /// The device at a replica's end of its link.
 const REPLICA_DEVICE: &str = "target";
 
+/// The same of another host's link.
+const OTHER_DEVICE: &str = "other";
+/// Its links have addresses so much further on.
+const OTHER: usize = 100;
+
 /// What is sent on a link, by which end of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
@@ -33,13 +38,9 @@ impl Network {
         let target = network.target();
         ip(&["netns", "add", &target])?;
         for node in 0..replicas {
-            let (replica, device, [near, far]) = (network.replica(node), target_device(node), addresses(node));
-            ip(&["netns", "add", &replica])?;
-            ip(&["-n", &target, "link", "add", &device, "type", "veth", "peer", "name", REPLICA_DEVICE, "netns", &replica])?;
-            for (space, device, address) in [(&target, device.as_str(), near), (&replica, REPLICA_DEVICE, far)] {
-                ip(&["-n", space, "address", "add", &format!("{address}/30"), "dev", device])?;
-                ip(&["-n", space, "link", "set", device, "up"])?;
-            }
+            let [near, far] = addresses(node);
+            ip(&["netns", "add", &network.replica(node)])?;
+            network.link(&target, &near, node, REPLICA_DEVICE, &far)?;
         }
         Ok(network)
     }
@@ -47,6 +48,35 @@ impl Network {
     /// The namespace of the target.
     pub fn target(&self) -> String {
         format!("{}-target", self.prefix)
+    }
+
+    /// The namespace of another host, if there is one.
+    pub fn other(&self) -> String {
+        format!("{}-other", self.prefix)
+    }
+
+    /// Adds another host, which reaches the replicas at the same addresses, over links of its own.
+    pub fn add_other(&self) -> anyhow::Result<()> {
+        let other = self.other();
+        ip(&["netns", "add", &other])?;
+        for node in 0..self.replicas {
+            let device = target_device(node);
+            let [near, far] = addresses(OTHER + node);
+            self.link(&other, &near, node, OTHER_DEVICE, &far)?;
+            ip(&["-n", &other, "route", "add", &addresses(node)[1], "via", &far, "dev", &device])?;
+        }
+        Ok(())
+    }
+
+    /// A link between a host and a replica.
+    fn link(&self, host: &str, near: &str, node: usize, far_device: &str, far: &str) -> anyhow::Result<()> {
+        let (replica, device) = (self.replica(node), target_device(node));
+        ip(&["-n", host, "link", "add", &device, "type", "veth", "peer", "name", far_device, "netns", &replica])?;
+        for (space, device, address) in [(host, device.as_str(), near), (&replica, far_device, far)] {
+            ip(&["-n", space, "address", "add", &format!("{address}/30"), "dev", device])?;
+            ip(&["-n", space, "link", "set", device, "up"])?;
+        }
+        Ok(())
     }
 
     /// The namespace of a replica.
@@ -119,7 +149,7 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        for name in (0..self.replicas).map(|node| self.replica(node)).chain([self.target()]) {
+        for name in (0..self.replicas).map(|node| self.replica(node)).chain([self.target(), self.other()]) {
             // The links go with it. It may not be there, if it could not be made.
             let _ = ip(&["netns", "delete", &name]);
         }

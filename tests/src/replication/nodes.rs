@@ -13,13 +13,15 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::network::Network;
-use crate::site::{Site, path_text, programs, wait_for};
+use crate::site::{Site, path_text, programs, run, wait_for};
 
 pub const REPLICAS: usize = 3;
 pub const VOLUME: &str = "vm1";
 /// Of each store, and of the volume if nobody says more.
 pub const STORE_BYTES: u64 = 512 << 20;
 pub const VOLUME_SIZE: &str = "96M";
+/// What the target is told, in the folder of the scripts.
+const TARGET_CONFIG: &str = "target.json";
 
 /// The nodes and their volume.
 pub struct Nodes {
@@ -29,7 +31,7 @@ pub struct Nodes {
     pub device: PathBuf,
     /// The ids of the stores, node by node.
     stores: Vec<String>,
-    _scripts: TempDir,
+    scripts: TempDir,
 }
 
 impl Nodes {
@@ -61,7 +63,7 @@ impl Nodes {
         write_addresses(scripts.path(), &network, &stores)?;
         site.carrick(&["volume", "create", VOLUME, "--size", size])?;
         let device = site.attach(VOLUME, &[])?;
-        Ok(Self { site, network, device, stores, _scripts: scripts })
+        Ok(Self { site, network, device, stores, scripts })
     }
 
     pub fn show(&self) -> anyhow::Result<Value> {
@@ -79,6 +81,24 @@ impl Nodes {
     /// The process of a node's replica.
     pub fn replica_pid(&self, node: usize) -> anyhow::Result<i32> {
         self.site.pid_of(&self.stores[node])
+    }
+
+    /// What the target was told at its start, with the replicas' addresses.
+    pub fn target_config(&self) -> anyhow::Result<Value> {
+        Ok(serde_json::from_slice(&fs::read(self.scripts.path().join(TARGET_CONFIG))?)?)
+    }
+
+    /// Of which term each replica's last write is, and which of that one's, as its store says.
+    pub fn positions(&self) -> anyhow::Result<Vec<(u64, u64)>> {
+        let position = |node: usize| {
+            let store = self.site.path(&format!("store{node}"));
+            let shown: Value =
+                serde_json::from_str(&run(path_text(&programs()?.join("carrick-replica"))?, &["show", path_text(&store)?])?)?;
+            let replica = &shown["replicas"][0];
+            let number = |value: &Value| value.as_u64().with_context(|| format!("no term or no position in {shown}"));
+            Ok((number(&replica["state"]["log_term"])?, number(&replica["position"])?))
+        };
+        (0..REPLICAS).map(position).collect()
     }
 
     /// A number that is shown of the attachment.
@@ -126,8 +146,8 @@ fn write_scripts(folder: &Path, network: &Network) -> anyhow::Result<()> {
     // Called as `carrick-target run --config FILE --run-dir FOLDER`.
     let (folder_text, target) = (path_text(folder)?, network.target());
     let target = format!(
-        "#!/bin/sh\nset -e\nsed -f '{folder_text}/addresses' \"$3\" >'{folder_text}/target.json'\n\
-         exec nsenter --net=/run/netns/{target} '{programs}/carrick-target' run --config '{folder_text}/target.json' --run-dir \"$5\" --insecure\n"
+        "#!/bin/sh\nset -e\nsed -f '{folder_text}/addresses' \"$3\" >'{folder_text}/{TARGET_CONFIG}'\n\
+         exec nsenter --net=/run/netns/{target} '{programs}/carrick-target' run --config '{folder_text}/{TARGET_CONFIG}' --run-dir \"$5\" --insecure\n"
     );
     for (name, text) in [("carrick-replica", replica), ("carrick-target", target)] {
         let path = folder.join(name);

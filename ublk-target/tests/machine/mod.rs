@@ -12,7 +12,7 @@ use carrick_replicator::control::{
     call,
 };
 use carrick_replicator::endpoint::Endpoint;
-use carrick_replicator::engine::Attachment;
+use carrick_replicator::engine::{Attachment, Predecessor};
 use carrick_replicator::limits::Limits;
 use tempfile::TempDir;
 
@@ -52,6 +52,7 @@ impl Machine {
             limits: Limits::default(),
             map: map(),
             tends: false,
+            predecessor: Predecessor::Ended,
         };
         let mut machine = Self { config, run, folder: tempfile::tempdir().unwrap(), replicas: Vec::new(), target: None };
         for number in 0..replicas {

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use carrick_backing_store::VolumeId;
 use carrick_replicator::control::{ControlError, ControlErrorCode, Map, ReplicaAddress, ReplicaRequest, RunDirectory, TargetConfig};
 use carrick_replicator::endpoint::Endpoint;
+use carrick_replicator::engine::Predecessor;
 use rustix::fs::FlockOperation;
 
 use crate::context::Context;
@@ -250,6 +251,8 @@ fn target_config(context: &Context, state: &State, id: ProcessId) -> Option<Targ
         limits: volume.limits,
         map: attachment.map_or(Map::Never, |attachment| attachment.map),
         tends: attachment.is_none(),
+        // One target is started after the other has ended, and the kernel gives a device to one process at a time.
+        predecessor: Predecessor::Ended,
     })
 }
 
