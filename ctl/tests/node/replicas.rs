@@ -154,9 +154,36 @@ fn replicas_are_compared_where_a_target_runs_and_differences_are_told() {
     assert!(message.contains("1 differ and nobody can tell which is right (at bytes 12288)"), "{message}");
     let problems = node.carrick(&["status"]).ok()["problems"].to_string();
     assert!(problems.contains("volume differs1: its replicas differ in 1 blocks"), "{problems}");
-    // The next target knows nothing of it.
-    node.carrick(&["detach", "vm1"]).ok();
+    // The next target knows nothing of it; the records do.
+    let last = |node: &Node, name: &str| node.carrick(&["volume", "show", name]).ok()["last_verification"].clone();
+    for name in ["vm1", "differs1"] {
+        node.wait_for("what came of it to be written down", |node| last(node, name).is_object().then_some(()));
+        node.carrick(&["detach", name]).ok();
+    }
     node.kill_daemon();
     node.start();
-    assert_eq!(node.carrick(&["volume", "show", "differs1"]).ok()["attachment"]["verification"]["unsettled_blocks"], 1);
+    assert_eq!(last(&node, "vm1")["unsettled_blocks"], 0);
+    assert_eq!(last(&node, "differs1")["unsettled_blocks"], 1);
+    let problems = node.carrick(&["status"]).ok()["problems"].to_string();
+    assert!(problems.contains("volume differs1: its replicas differ in 1 blocks"), "{problems}");
+    assert_eq!(node.carrick(&["explain", "differs1"]).ok()["findings"][0]["reason"], "REPLICAS_DIFFER");
+    let events = node.carrick(&["events", "vm1"]).ok().to_string();
+    assert!(events.contains("its replicas were compared: no difference"), "{events}");
+}
+
+#[test]
+fn attached_volumes_are_compared_by_themselves_now_and_then() {
+    let mut node = Node::new(3);
+    for name in ["vm1", "unused"] {
+        node.carrick(&["volume", "create", name, "--size", "1G"]).ok();
+    }
+    node.carrick(&["attach", "vm1"]).ok();
+    let when = |node: &Node, name: &str| node.carrick(&["volume", "show", name]).ok()["last_verification"]["at_unix"].as_u64();
+    assert_eq!(when(&node, "vm1"), None, "a new volume isn't compared for a week");
+    node.kill_daemon();
+    node.options = vec!["--verify-every", "2s"];
+    node.start();
+    let first = node.wait_for("the first comparison", |node| when(node, "vm1"));
+    node.wait_for("the next one", |node| when(node, "vm1").filter(|at| *at >= first + 2));
+    assert_eq!(when(&node, "unused"), None);
 }

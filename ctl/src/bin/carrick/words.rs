@@ -10,8 +10,8 @@ use std::time::SystemTime;
 
 use carrick_backing_store::size::HumanSize;
 use carrick_ctl::v1::{
-    Attachment, AttachmentState, GetStatusResponse, Health, Process, ProcessKind, ProcessState, Replica, ReplicaState, Scrub, Store,
-    StorePlacement, StoreUsage, TargetPhase, Upgrade, Verification, Volume, VolumeState,
+    Attachment, AttachmentState, GetStatusResponse, Health, LastVerification, Process, ProcessKind, ProcessState, Replica, ReplicaState,
+    Scrub, Store, StorePlacement, StoreUsage, TargetPhase, Upgrade, Verification, Volume, VolumeState,
 };
 
 use crate::table::Table;
@@ -199,6 +199,10 @@ pub fn volume(volume: &Volume) -> String {
         attachment.waiting_for.as_deref().into_iter().for_each(|what| line("waits for", what));
         attachment.problem.as_deref().into_iter().for_each(|what| line("problem", what));
     }
+    if let Some(last) = &volume.last_verification {
+        let LastVerification { at_unix, skipped_bytes, repaired_blocks, unsettled_blocks } = *last;
+        line("compared", &format!("{} ago: {}", ago(at_unix), differences(repaired_blocks, unsettled_blocks, "", skipped_bytes)));
+    }
     for salvage in &volume.salvages {
         let given_up = salvage.given_up_stores.join(", ");
         line("SALVAGED", &format!("{} ago from {}; what only {given_up} had is lost", ago(salvage.at_unix), salvage.from_store));
@@ -218,20 +222,19 @@ pub fn volume(volume: &Volume) -> String {
 /// What a comparison of the replicas came to.
 pub fn verification(found: &Verification) -> String {
     let done = u128::from(found.compared_bytes) * 100 / u128::from(found.total_bytes.max(1));
-    let mut parts = vec![if found.running { format!("{done} % so far") } else { "all of it".to_owned() }];
-    match (found.repaired_blocks, found.unsettled_blocks) {
-        (0, 0) => parts.push("no difference".to_owned()),
-        (repaired, 0) => parts.push(format!("{repaired} blocks differed and were repaired")),
-        (repaired, unsettled) => {
-            let places: Vec<String> = found.unsettled_offsets.iter().map(ToString::to_string).collect();
-            let places = places.join(", ");
-            parts.push(format!("{repaired} blocks repaired, {unsettled} differ and nobody can tell which is right (at bytes {places})"));
-        }
-    }
-    if found.skipped_bytes > 0 {
-        parts.push(format!("{} could not be compared", HumanSize(found.skipped_bytes)));
-    }
-    parts.join("; ")
+    let how_far = if found.running { format!("{done} % so far") } else { "all of it".to_owned() };
+    let places: Vec<String> = found.unsettled_offsets.iter().map(ToString::to_string).collect();
+    let places = if places.is_empty() { String::new() } else { format!(" (at bytes {})", places.join(", ")) };
+    format!("{how_far}; {}", differences(found.repaired_blocks, found.unsettled_blocks, &places, found.skipped_bytes))
+}
+
+fn differences(repaired: u64, unsettled: u64, places: &str, skipped: u64) -> String {
+    let differed = match (repaired, unsettled) {
+        (0, 0) => "no difference".to_owned(),
+        (repaired, 0) => format!("{repaired} blocks differed and were repaired"),
+        (repaired, unsettled) => format!("{repaired} blocks repaired, {unsettled} differ and nobody can tell which is right{places}"),
+    };
+    if skipped > 0 { format!("{differed}; {} could not be compared", HumanSize(skipped)) } else { differed }
 }
 
 /// What may come at once, if that isn't given: a second's worth.
@@ -504,6 +507,7 @@ mod tests {
             more_operations: Vec::new(),
             tended: false,
             salvages: vec![Salvage { at_unix: 1_700_000_000, from_store: "/srv/a".into(), given_up_stores: vec!["/srv/b".into()] }],
+            last_verification: Some(LastVerification { at_unix: 1_700_000_000, repaired_blocks: 2, ..LastVerification::default() }),
         };
         assert_eq!(
             volumes(std::slice::from_ref(&shown)),
@@ -515,6 +519,7 @@ mod tests {
             "requests    500 a second at most, 500 more at once after a pause\n",
             "bandwidth   50 MiB a second at most, 1 GiB more at once after a pause\n",
             " days ago from /srv/a; what only /srv/b had is lost\n",
+            " days ago: 2 blocks differed and were repaired\n",
             "leaves      /srv/old: the replica there was replaced, and is deleted when the store is back\n",
             "delayed     4 requests waited for these limits, 12.5 ms on average; 7 wait now\n",
         ] {

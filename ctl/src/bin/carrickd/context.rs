@@ -15,6 +15,7 @@ use crate::metadata::{MetadataError, MetadataStore, Mutation, NewEvent, Occasion
 use crate::node::NodeHandle;
 use crate::observed::ProcessId;
 use crate::reconcile::Moment;
+use crate::verify::Verifications;
 
 /// See the module.
 pub struct Context {
@@ -36,6 +37,8 @@ pub struct Context {
     pub gate: Gate,
     /// A replica that doesn't count for so long is replaced; `None`: never.
     pub replace_after: Option<Duration>,
+    /// How often the replicas of each attached volume are compared; `None`: when somebody asks for it.
+    pub verify_every: Option<Duration>,
     /// Most bytes that all volumes of the node copy in a second to replicas that lack them; `None`: as many as go.
     pub rebuild_rate: Option<ByteLength>,
     /// Tells whoever watches operations that one has changed.
@@ -46,6 +49,8 @@ pub struct Context {
     pub rates: Notify,
     /// Something was noted that is not written down yet.
     pub noted: Notify,
+    /// The comparisons of replicas whose end is waited for.
+    pub verifications: Verifications,
     /// Whether this daemon ends: then whoever waits for news has waited long enough.
     pub ending: tokio::sync::watch::Sender<bool>,
     /// When this carrickd started.

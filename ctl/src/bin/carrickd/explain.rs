@@ -9,7 +9,7 @@ use carrick_ctl::v1;
 
 use crate::metadata::{EventKind, EventLog, SubjectId, Trouble, VolumeRecord};
 use crate::operations;
-use crate::view::View;
+use crate::view::{self, View};
 
 /// Explains one volume. Nothing found: it is as it should be.
 pub fn explain(view: &View<'_>, record: &VolumeRecord, replace_after: Option<Duration>, log: &EventLog) -> v1::ExplainVolumeResponse {
@@ -33,6 +33,7 @@ pub fn explain(view: &View<'_>, record: &VolumeRecord, replace_after: Option<Dur
         }
         v1::VolumeState::Ready | v1::VolumeState::Unspecified => {
             findings.extend(of_attachment(&volume));
+            findings.extend(of_verification(&volume));
             findings.extend(volume.operation.iter().chain(&volume.more_operations).filter_map(of_operation));
             findings.extend(of_eviction(view, record));
             findings.extend(record.replicas.iter().zip(&volume.replicas).filter_map(|(store, replica)| {
@@ -128,16 +129,19 @@ fn of_attachment(volume: &v1::Volume) -> Vec<v1::Finding> {
             &format!("when it suits its user: carrick detach {name}, carrick attach {name}"),
         ));
     }
-    let unsettled = attachment.verification.as_ref().map_or(0, |found| found.unsettled_blocks);
-    if unsettled > 0 {
-        findings.push(finding(
+    findings
+}
+
+fn of_verification(volume: &v1::Volume) -> Option<v1::Finding> {
+    let unsettled = view::unsettled(volume);
+    (unsettled > 0).then(|| {
+        finding(
             "REPLICAS_DIFFER",
             format!("its replicas differ in {unsettled} blocks, and nobody can tell which is right"),
             "reads of these blocks are answered by either",
-            "compare with a backup, and write what is right",
-        ));
-    }
-    findings
+            &format!("compare with a backup, and write what is right; then: carrick volume verify {}", volume.name),
+        )
+    })
 }
 
 fn of_operation(operation: &v1::Operation) -> Option<v1::Finding> {

@@ -61,7 +61,7 @@ use crate::service::Services;
 const LAST_CALLS_LIMIT: Duration = Duration::from_secs(2);
 
 /// Ten years: beyond that, clocks overflow.
-const REPLACE_AFTER_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+const TIME_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// The Carrick daemon: looks after the stores and the attached volumes of this node.
 ///
@@ -81,9 +81,12 @@ struct Arguments {
     /// What to log: error, warn, info, debug, or a tracing filter
     #[arg(long, value_name = "FILTER", default_value = "info")]
     log: String,
-    /// Replace a replica by one in another store when it hasn't counted for so many seconds, or never
-    #[arg(long, value_name = "SECONDS|never", default_value = "600", value_parser = replace_after)]
-    replace_after: ReplaceAfter,
+    /// Replace a replica by one in another store when it hasn't counted for so long, such as 10m, or never
+    #[arg(long, value_name = "TIME|never", default_value = "10m", value_parser = time_or_never)]
+    replace_after: TimeOrNever,
+    /// Compare the replicas of each attached volume when that was last done so long ago, such as 7d, or never
+    #[arg(long, value_name = "TIME|never", default_value = "7d", value_parser = time_or_never)]
+    verify_every: TimeOrNever,
     /// Let all volumes together copy so many bytes a second at most to replicas that lack them, such as 200M
     #[arg(long, value_name = "BYTES", value_parser = rebuild_rate)]
     rebuild_rate: Option<ByteLength>,
@@ -95,15 +98,24 @@ struct Arguments {
     allow_non_root: bool,
 }
 
-#[derive(Clone, Copy)]
-struct ReplaceAfter(Option<Duration>);
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct TimeOrNever(Option<Duration>);
 
-fn replace_after(text: &str) -> Result<ReplaceAfter, String> {
+/// A number of seconds, or of what a letter after it says.
+fn time_or_never(text: &str) -> Result<TimeOrNever, String> {
     if text == "never" {
-        return Ok(ReplaceAfter(None));
+        return Ok(TimeOrNever(None));
     }
-    let seconds = text.parse().map_err(|_| "give a number of seconds, or never".to_owned())?;
-    Ok(ReplaceAfter(Some(Duration::from_secs(seconds).min(REPLACE_AFTER_MAX))))
+    let (number, unit) = text.split_at(text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic()).len());
+    let seconds = match unit {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 24 * 3600,
+        _ => 0,
+    };
+    let time = number.parse::<u64>().ok().filter(|_| seconds > 0).map(|number| Duration::from_secs(number.saturating_mul(seconds)));
+    time.map(|time| TimeOrNever(Some(time.min(TIME_MAX)))).ok_or_else(|| "give a time such as 90s, 10m, 12h or 7d, or never".to_owned())
 }
 
 fn rebuild_rate(text: &str) -> Result<ByteLength, String> {
@@ -153,11 +165,13 @@ fn serve(arguments: &Arguments) -> anyhow::Result<()> {
         stores: tokio::sync::Mutex::default(),
         gate: Gate::default(),
         replace_after: arguments.replace_after.0,
+        verify_every: arguments.verify_every.0,
         rebuild_rate: arguments.rebuild_rate,
         operations: tokio::sync::watch::Sender::default(),
         crash_at: arguments.crash_at.clone(),
         rates: Notify::new(),
         noted: Notify::new(),
+        verifications: verify::Verifications::default(),
         ending: tokio::sync::watch::Sender::default(),
         started: Instant::now(),
     });
@@ -193,6 +207,9 @@ async fn run(context: Arc<Context>, inbox: node::NodeInbox) -> anyhow::Result<()
     if context.rebuild_rate.is_some() {
         tokio::spawn(pace::run(Arc::clone(&context)));
     }
+    if let Some(every) = context.verify_every {
+        tokio::spawn(verify::run(Arc::clone(&context), every));
+    }
     let ending = Arc::new(Notify::new());
     let ends = Arc::clone(&ending);
     let server = tonic::transport::Server::builder()
@@ -222,4 +239,22 @@ async fn run(context: Arc<Context>, inbox: node::NodeInbox) -> anyhow::Result<()
     // A disk that hangs must not keep the daemon.
     let _ = tokio::time::timeout(LAST_CALLS_LIMIT, context.metadata.flush()).await;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_units_and_never_is_none() {
+        let seconds = |text| time_or_never(text).map(|time| time.0.map(|time| time.as_secs()));
+        for (text, wanted) in [("0", 0), ("600", 600), ("90s", 90), ("10m", 600), ("12h", 43_200), ("7d", 604_800)] {
+            assert_eq!(seconds(text), Ok(Some(wanted)), "{text}");
+        }
+        assert_eq!(seconds("never"), Ok(None));
+        assert_eq!(seconds("18446744073709551615d"), Ok(Some(TIME_MAX.as_secs())));
+        for wrong in ["", "d", "7w", "-1", "1.5h", "7 d", "Never", "18446744073709551616"] {
+            assert!(seconds(wrong).is_err(), "{wrong}");
+        }
+    }
 }

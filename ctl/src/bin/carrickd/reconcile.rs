@@ -288,6 +288,7 @@ mod tests {
                 retiring: Vec::new(),
                 leaving: Vec::new(),
                 salvages: Vec::new(),
+                verified: None,
             };
             self.state.volumes.insert(VOLUME, record);
             self

@@ -11,7 +11,7 @@ use carrick_replicator::control::{
 
 use crate::health::{self, Health, Patience};
 use crate::metadata::{
-    AttachmentPhase, AttachmentRecord, Placement, SalvageRecord, State, StoreRecord, Trouble, VolumePhase, VolumeRecord,
+    AttachmentPhase, AttachmentRecord, Placement, SalvageRecord, State, StoreRecord, Trouble, VerifiedRecord, VolumePhase, VolumeRecord,
 };
 use crate::observed::{Answers, Observed, Process, ProcessId, ProcessState};
 use crate::operations;
@@ -169,6 +169,7 @@ impl View<'_> {
             tended: attachment.is_none() && target.is_some(),
             operation: operations.next(),
             more_operations: operations.collect(),
+            last_verification: record.verified.as_ref().map(last_verification),
         }
     }
 
@@ -250,10 +251,10 @@ impl View<'_> {
             if let Some(attachment) = &volume.attachment {
                 problems.extend(attachment.problem.as_ref().map(|problem| format!("volume {name}: {problem}")));
                 problems.extend(attachment.waiting_for.as_ref().map(|what| format!("volume {name} waits for {what}")));
-                let unsettled = attachment.verification.as_ref().map_or(0, |found| found.unsettled_blocks);
-                if unsettled > 0 {
-                    problems.push(format!("volume {name}: its replicas differ in {unsettled} blocks, and nobody can tell which is right"));
-                }
+            }
+            let unsettled = unsettled(&volume);
+            if unsettled > 0 {
+                problems.push(format!("volume {name}: its replicas differ in {unsettled} blocks, and nobody can tell which is right"));
             }
             if volume.state() == v1::VolumeState::Deleting {
                 let stores: Vec<_> = volume.replicas.iter().map(|replica| replica.store_path.as_str()).collect();
@@ -402,6 +403,23 @@ fn attachment_message(record: &AttachmentRecord, target: Option<&Answer<TargetSt
         None => {}
     }
     message
+}
+
+fn last_verification(record: &VerifiedRecord) -> v1::LastVerification {
+    v1::LastVerification {
+        at_unix: record.at_unix,
+        skipped_bytes: record.skipped.get(),
+        repaired_blocks: record.repaired,
+        unsettled_blocks: record.unsettled,
+    }
+}
+
+/// In how many blocks replicas of a volume differ, and nobody can tell which is right, as far as anybody knows.
+pub fn unsettled(volume: &v1::Volume) -> u64 {
+    let now = volume.attachment.as_ref().and_then(|attachment| attachment.verification.as_ref());
+    // One that goes on may still come to what the last one has found.
+    let last = volume.last_verification.as_ref().filter(|_| now.is_none_or(|found| found.running));
+    now.map_or(0, |found| found.unsettled_blocks).max(last.map_or(0, |last| last.unsettled_blocks))
 }
 
 fn verification(report: &VerificationReport) -> v1::Verification {

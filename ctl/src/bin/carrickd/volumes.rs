@@ -134,6 +134,7 @@ pub async fn create(context: &Context, new: NewVolume) -> Result<VolumeId, Fault
                 retiring: Vec::new(),
                 leaving: Vec::new(),
                 salvages: Vec::new(),
+                verified: None,
             };
             context.apply(Mutation::InsertVolume(record.clone().into())).await?;
             record

@@ -99,6 +99,8 @@ kinds! {
     Detached = "DETACHED", false;
     /// What it may take.
     LimitsSet = "LIMITS_SET", false;
+    /// Its replicas were compared.
+    VolumeVerified = "VOLUME_VERIFIED", false;
     /// It has another size.
     VolumeExpanded = "VOLUME_EXPANDED", false;
     /// A replica no longer counts.

@@ -41,7 +41,7 @@ pub use events::{EventKind, EventLog, EventNumber, EventRecord, LogChanges, NewE
 pub use operations::{ENDED_MAX, ExpandStep, KEY_MAX, MoveStep, OperationId, OperationRecord, OperationState, Outcome, Task};
 pub use records::{
     AttachmentPhase, AttachmentRecord, FORMAT, NodeRecord, Percent, Placement, SALVAGES_MAX, SalvageRecord, StoreRecord, UpgradeRecord,
-    VolumePhase, VolumeRecord,
+    VerifiedRecord, VolumePhase, VolumeRecord,
 };
 pub use redb_store::RedbStore;
 pub use story::{Occasion, place, subject};

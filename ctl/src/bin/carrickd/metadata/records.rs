@@ -200,6 +200,23 @@ pub struct VolumeRecord {
     /// What was given up, the latest last; at most [`SALVAGES_MAX`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub salvages: Vec<SalvageRecord>,
+    /// What the last comparison of its replicas that came to its end has found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified: Option<VerifiedRecord>,
+}
+
+/// That all replicas were compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VerifiedRecord {
+    /// When, in seconds since 1970.
+    pub at_unix: u64,
+    /// What could not be compared.
+    pub skipped: ByteLength,
+    /// Blocks that differed, and no longer do.
+    pub repaired: u64,
+    /// Blocks that differ, and nobody can tell which is right.
+    pub unsettled: u64,
 }
 
 /// Salvages that are remembered. Nobody needs more of them and keeps the volume.

@@ -1,13 +1,13 @@
 //! What a change of the records tells: the records before and after in, events for the log out. They are written in the same transaction,
 //! so what is in the log did happen, and nothing that happened is missing. No clock, no I/O.
 
-use carrick_backing_store::StoreId;
 use carrick_backing_store::size::HumanSize;
+use carrick_backing_store::{ByteLength, StoreId};
 use carrick_replicator::limits::Limits;
 
 use super::events::{EventKind, NewEvent, Place, Subject};
 use super::operations::{OperationRecord, OperationState, Task};
-use super::records::{AttachmentPhase, Placement, StoreRecord, VolumePhase, VolumeRecord};
+use super::records::{AttachmentPhase, Placement, StoreRecord, VerifiedRecord, VolumePhase, VolumeRecord};
 use super::{Mutation, State};
 
 /// On which occasion a change is made.
@@ -152,6 +152,9 @@ impl Story<'_> {
         if (before.limits, before.rebuild_rate) != (after.limits, after.rebuild_rate) {
             events.push(self.volume(EventKind::LimitsSet, after, &format!("limits were set: {}", limits(after))));
         }
+        if let Some(verified) = after.verified.filter(|_| before.verified != after.verified) {
+            events.push(self.volume(EventKind::VolumeVerified, after, &found(&verified)));
+        }
         let replaced = after.leaving.iter().find(|store| before.replicas.contains(store));
         for store in after.retiring.iter().filter(|store| !before.retiring.contains(store)) {
             events.push(self.replica(EventKind::ReplicaRetiring, after, *store, "the replica in {} is to go once all others count"));
@@ -255,6 +258,16 @@ fn progress(before: Option<&OperationRecord>, after: &OperationRecord, goals: [S
 }
 
 /// What a volume may take, in words.
+fn found(verified: &VerifiedRecord) -> String {
+    match *verified {
+        VerifiedRecord { skipped: ByteLength::ZERO, repaired: 0, unsettled: 0, .. } => "its replicas were compared: no difference".into(),
+        VerifiedRecord { skipped, repaired, unsettled, .. } => {
+            let skipped = HumanSize(skipped.get());
+            format!("its replicas were compared: {repaired} blocks repaired, {unsettled} differ still, {skipped} could not be compared")
+        }
+    }
+}
+
 fn limits(volume: &VolumeRecord) -> String {
     let Limits { iops, iops_burst, bandwidth, bandwidth_burst } = volume.limits;
     let bytes = |name: &str, bytes: u64| format!("{name}={}", HumanSize(bytes));
@@ -345,6 +358,13 @@ mod tests {
             volume.rebuild_rate = Some(ByteLength::new(50 << 20));
         });
         assert_eq!(limits, "LIMITS_SET limits were set: iops=500, rebuild-rate=50 MiB");
+        let mut compared = |unsettled| {
+            let verified = VerifiedRecord { at_unix: 9, skipped: ByteLength::ZERO, repaired: 0, unsettled };
+            node.replace(|volume| volume.verified = Some(verified))
+        };
+        assert_eq!(compared(0), "VOLUME_VERIFIED its replicas were compared: no difference");
+        let differ = "VOLUME_VERIFIED its replicas were compared: 0 blocks repaired, 2 differ still, 0 B could not be compared";
+        assert_eq!(compared(2), differ);
         let lifted = node.replace(|volume| (volume.limits, volume.rebuild_rate) = (Limits::default(), None));
         assert_eq!(lifted, "LIMITS_SET limits were set: none");
         let larger = node.replace(|volume| volume.size = VolumeSize::new(40 << 30).unwrap());

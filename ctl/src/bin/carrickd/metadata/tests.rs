@@ -71,6 +71,7 @@ pub fn volume(number: u8, name: &str, stores: &[u8]) -> VolumeRecord {
         retiring: Vec::new(),
         leaving: Vec::new(),
         salvages: Vec::new(),
+        verified: None,
         limits: Limits::default(),
     }
 }
