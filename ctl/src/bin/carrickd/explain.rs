@@ -34,7 +34,11 @@ pub fn explain(view: &View<'_>, record: &VolumeRecord, replace_after: Option<Dur
         v1::VolumeState::Ready | v1::VolumeState::Unspecified => {
             findings.extend(of_attachment(&volume));
             findings.extend(of_verification(&volume));
-            findings.extend(volume.operation.iter().chain(&volume.more_operations).filter_map(of_operation));
+            findings.extend(
+                view.state
+                    .running(record.id)
+                    .filter_map(|operation| of_operation(&operations::message(view.state, operation), operation.task.has_own_steps())),
+            );
             findings.extend(of_eviction(view, record));
             findings.extend(record.replicas.iter().zip(&volume.replicas).filter_map(|(store, replica)| {
                 let since = record.left_out.get(store).copied();
@@ -144,9 +148,8 @@ fn of_verification(volume: &v1::Volume) -> Option<v1::Finding> {
     })
 }
 
-fn of_operation(operation: &v1::Operation) -> Option<v1::Finding> {
+fn of_operation(operation: &v1::Operation, has_own_steps: bool) -> Option<v1::Finding> {
     let goal = operations::goal(operation);
-    let has_own_steps = matches!(operation.kind(), v1::OperationKind::Expand | v1::OperationKind::Move);
     let Some(why) = &operation.message else {
         let runs = finding(
             "OPERATION_RUNS",
@@ -273,7 +276,7 @@ mod tests {
             waiting_since_unix: Some(9),
             ..v1::Operation::default()
         };
-        let found = of_operation(&operation).unwrap();
+        let found = of_operation(&operation, true).unwrap();
         assert_eq!((found.reason.as_str(), found.since_unix), ("TARGET_UNREACHABLE", Some(9)));
         assert!(found.message.contains("2 GiB") && found.advice.contains("carrick operation cancel 3"), "{found:?}");
     }
