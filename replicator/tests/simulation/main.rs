@@ -28,6 +28,8 @@ use world::{Bug, Plan, World};
 
 /// How long new seeds are tried unless told otherwise.
 const SECONDS_DEFAULT: u64 = 20;
+/// A soak tells how far it is after so many runs: that is each few minutes.
+const RUNS_BETWEEN_NEWS: u64 = 10_000;
 /// Lines that are told of a run that failed among many.
 const LOG_LINES: usize = 400;
 /// In so many runs everything should have happened.
@@ -180,6 +182,10 @@ fn random_schedules_lose_nothing() {
         let (total, time) = seen.entry(plan.store).or_default();
         total.add(&coverage);
         *time += began.elapsed();
+        let runs = seed - first + 1;
+        if runs.is_multiple_of(RUNS_BETWEEN_NEWS) {
+            tell(&format!("{runs} schedules from seed {first} on, nothing wrong, {:.0} minutes", begin.elapsed().as_secs_f64() / 60.0));
+        }
     }
     let mut all = Coverage::default();
     tell(&format!("schedules from seed {first} on:"));
