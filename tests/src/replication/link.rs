@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-use super::network::Way;
+use super::network::{BOTH, Way};
 use super::nodes::{Nodes, REPLICAS, VOLUME};
 use super::partition::{COPY_LIMIT, Loaded, STALL_MAX};
 use crate::fio::Fio;
@@ -14,7 +14,6 @@ use crate::replicas::identical;
 use crate::report::{Found, Plan};
 
 const LOSS: &str = "5%";
-const BOTH: [Way; 2] = [Way::ToReplica, Way::FromReplica];
 /// What one replica's answers are late by, and the bound for a request's 99th percentile, which no answer of that replica can meet.
 const DELAY: Duration = Duration::from_millis(200);
 const P99_MAX: Duration = Duration::from_millis(150);

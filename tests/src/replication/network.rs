@@ -25,6 +25,8 @@ pub enum Way {
     FromReplica,
 }
 
+pub const BOTH: [Way; 2] = [Way::ToReplica, Way::FromReplica];
+
 /// The namespaces and links.
 pub struct Network {
     prefix: String,
@@ -105,6 +107,16 @@ impl Network {
     /// Makes them good again.
     pub fn heal(&self, node: usize, ways: &[Way]) -> anyhow::Result<()> {
         ways.iter().try_for_each(|way| self.qdisc(node, *way, "delete", &[]))
+    }
+
+    /// Cuts the target off from all replicas, both ways.
+    pub fn cut_all(&self) -> anyhow::Result<()> {
+        (0..self.replicas).try_for_each(|node| self.cut(node, &BOTH))
+    }
+
+    /// The end of that.
+    pub fn heal_all(&self) -> anyhow::Result<()> {
+        (0..self.replicas).try_for_each(|node| self.heal(node, &BOTH))
     }
 
     fn qdisc(&self, node: usize, way: Way, action: &str, how: &[&str]) -> anyhow::Result<()> {

@@ -13,13 +13,11 @@ use anyhow::{Context, ensure};
 use rustix::process::Signal;
 use serde_json::json;
 
-use super::network::Way;
-use super::nodes::{Nodes, REPLICAS};
+use super::nodes::Nodes;
 use super::partition::{COPY_LIMIT, Loaded};
 use crate::report::{Found, Plan};
 use crate::site::{SOON, path_text, programs, signal, wait_for};
 
-const BOTH: [Way; 2] = [Way::ToReplica, Way::FromReplica];
 /// What a target says when it is primary, and when it is so no more.
 const SERVES: &str = "this target is primary";
 const ENDS: &str = "this target ends, and what it has not answered stays with the kernel";
@@ -124,7 +122,7 @@ fn fenced(loaded: &mut Loaded, away: Away) -> anyhow::Result<Duration> {
     let Loaded { nodes, probe, .. } = loaded;
     let old = nodes.site.pids("target")?.first().copied().context("no target")?;
     match away {
-        Away::CutOff => (0..REPLICAS).try_for_each(|node| nodes.network.cut(node, &BOTH))?,
+        Away::CutOff => nodes.network.cut_all()?,
         Away::Stopped => signal(old, Signal::STOP)?,
     }
     let other = Other::start(nodes)?;
@@ -133,7 +131,7 @@ fn fenced(loaded: &mut Loaded, away: Away) -> anyhow::Result<Duration> {
     let (rounds, positions) = (probe.rounds()?, nodes.positions()?);
     let begin = Instant::now();
     match away {
-        Away::CutOff => (0..REPLICAS).try_for_each(|node| nodes.network.heal(node, &BOTH))?,
+        Away::CutOff => nodes.network.heal_all()?,
         Away::Stopped => signal(old, Signal::CONT)?,
     }
     wait_for("the old target to end", SOON, || Ok((!is_alive(old)).then_some(())))?;
@@ -157,10 +155,10 @@ fn fenced(loaded: &mut Loaded, away: Away) -> anyhow::Result<Duration> {
 fn meets(loaded: &Loaded, after: Duration) -> anyhow::Result<()> {
     loaded.wait_round()?;
     let nodes = &loaded.nodes;
-    (0..REPLICAS).try_for_each(|node| nodes.network.cut(node, &BOTH))?;
+    nodes.network.cut_all()?;
     let other = Other::start(nodes)?;
     sleep(after);
-    (0..REPLICAS).try_for_each(|node| nodes.network.heal(node, &BOTH))?;
+    nodes.network.heal_all()?;
     other.wait_superseded()?;
     nodes.wait_in_sync(COPY_LIMIT)?;
     loaded.wait_round().map(drop)

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use rustix::process::Signal;
 
-use super::network::Way;
+use super::network::{BOTH, Way};
 use super::nodes::{Nodes, REPLICAS, VOLUME};
 use crate::fio::Fio;
 use crate::first_volume::chaos::{traffic, verifying_load};
@@ -28,7 +28,6 @@ pub const COPY_LIMIT: Duration = Duration::from_secs(180);
 const MISSED_MAX: Duration = Duration::from_secs(6);
 /// Blocks before this are fio's.
 const PROBED: u64 = (64 << 20) / 4096;
-const BOTH: [Way; 2] = [Way::ToReplica, Way::FromReplica];
 
 /// Nodes under load, every request of which is verified.
 pub struct Loaded {
@@ -164,10 +163,9 @@ pub fn all_nodes(plan: &Plan) -> Found {
 /// All replicas out of reach: I/O waits. How long after healing it went on.
 fn without_all(loaded: &Loaded, hold: Duration) -> anyhow::Result<Duration> {
     let Loaded { nodes, probe, .. } = loaded;
-    let all = || 0..REPLICAS;
     loaded.wait_round()?;
-    all().try_for_each(|node| nodes.network.cut(node, &BOTH))?;
-    all().try_for_each(|node| nodes.wait_missed(node, MISSED_MAX).map(drop))?;
+    nodes.network.cut_all()?;
+    (0..REPLICAS).try_for_each(|node| nodes.wait_missed(node, MISSED_MAX).map(drop))?;
     let waiting_for = nodes.show()?["attachment"]["waiting_for"].clone();
     ensure!(waiting_for.is_string(), "without any replica, `carrick volume show` says that I/O waits for {waiting_for}");
     let before = probe.rounds()?;
@@ -175,7 +173,7 @@ fn without_all(loaded: &Loaded, hold: Duration) -> anyhow::Result<Duration> {
     let answered = probe.rounds()? - before;
     ensure!(answered == 0, "{answered} rounds of requests were answered without any replica");
     let begin = Instant::now();
-    all().try_for_each(|node| nodes.network.heal(node, &BOTH))?;
+    nodes.network.heal_all()?;
     let went_on = wait_for("I/O to go on", GOES_ON_MAX, || Ok((probe.rounds()? > before).then_some(())));
     let went_on = went_on.with_context(|| nodes.site.log_tail()).map(|()| begin.elapsed())?;
     nodes.wait_in_sync(COPY_LIMIT)?;
