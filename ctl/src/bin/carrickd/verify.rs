@@ -2,10 +2,11 @@
 //! status. What came of it is written down, so that it outlives the target.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use carrick_backing_store::VolumeId;
+use carrick_backing_store::{ByteLength, VolumeId};
 use carrick_ctl::fault::{Fault, Reason};
 use carrick_ctl::name::VolumeName;
 use carrick_replicator::control::{TargetRequest, VerificationReport};
@@ -17,8 +18,9 @@ use crate::volumes::{parse_name, ready};
 
 /// How often a target is asked how far it is: 16 MiB at a time take 10 ms at least, so a terabyte takes eleven minutes.
 const POLL: Duration = Duration::from_secs(1);
-/// A target that doesn't answer for so many polls is given up, and the comparison with it.
-const SILENT_MAX: u32 = 60;
+/// After so many polls without progress nobody waits for the end any more: the target doesn't answer, or has no two replicas to compare, for
+/// who knows how long. It goes on with what it has begun as soon as it can, and is asked again later.
+const STALLED_MAX: u32 = 60;
 /// When a comparison that didn't come to its end is tried again.
 const TRY_AGAIN: Duration = Duration::from_secs(3600);
 /// How often it is looked what is due: volumes come and go.
@@ -81,19 +83,37 @@ async fn follow(context: &Context, volume: VolumeId) -> bool {
 
 /// What it came to; `None` if nobody knows any more.
 async fn wait_for_end(context: &Context, volume: VolumeId) -> Option<VerificationReport> {
-    let mut silent = 0;
-    while silent < SILENT_MAX && context.state().attachments.contains_key(&volume) {
-        match control::target_status(&context.run.target_control(volume)).await {
-            // A target that was started since then knows nothing of it.
-            Ok(status) => match status.verification {
-                Some(report) if report.running => silent = 0,
-                ended => return ended,
-            },
-            Err(_) => silent += 1,
+    let mut progress = Progress::default();
+    while context.state().attachments.contains_key(&volume) {
+        let status = control::target_status(&context.run.target_control(volume)).await;
+        if let ControlFlow::Break(end) = progress.on_poll(status.ok().map(|status| status.verification)) {
+            return end;
         }
         tokio::time::sleep(POLL).await;
     }
     None
+}
+
+/// How far a comparison is that is waited for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Progress {
+    compared: ByteLength,
+    /// For how many polls it is so.
+    stalled: u32,
+}
+
+impl Progress {
+    /// The target's answer, if it gave one. Ends with what the comparison came to, if anybody knows.
+    fn on_poll(&mut self, answer: Option<Option<VerificationReport>>) -> ControlFlow<Option<VerificationReport>> {
+        match answer {
+            Some(Some(report)) if !report.running => return ControlFlow::Break(Some(report)),
+            // It was started since then.
+            Some(None) => return ControlFlow::Break(None),
+            Some(Some(report)) if report.compared != self.compared => *self = Self { compared: report.compared, stalled: 0 },
+            Some(Some(_)) | None => self.stalled += 1,
+        }
+        if self.stalled < STALLED_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(None) }
+    }
 }
 
 async fn write_down(context: &Context, volume: VolumeId, report: &VerificationReport) -> bool {
@@ -146,7 +166,7 @@ pub async fn run(context: Arc<Context>, every: Duration) {
         let volume = match next(&state, every, &failed, unix_now()) {
             Next::Verify(volume) => volume,
             Next::Wait(time) => {
-                tokio::time::sleep(time.max(POLL)).await;
+                tokio::time::sleep(time).await;
                 continue;
             }
         };
@@ -163,13 +183,13 @@ pub async fn run(context: Arc<Context>, every: Duration) {
         } else {
             failed.insert(volume, unix_now());
         }
+        // Somebody else may follow this one.
+        tokio::time::sleep(POLL).await;
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use carrick_backing_store::ByteLength;
-
     use super::*;
     use crate::metadata::tests::{attachment, volume};
 
@@ -177,6 +197,24 @@ mod tests {
 
     fn id(number: u8) -> VolumeId {
         volume(number, "x", &[1]).id
+    }
+
+    #[test]
+    fn the_end_is_waited_for_as_long_as_there_is_progress() {
+        let report =
+            |running, blocks: u64| VerificationReport { running, compared: ByteLength::new(blocks), ..VerificationReport::default() };
+        let mut progress = Progress::default();
+        for step in 1..1000 {
+            assert_eq!(progress.on_poll(Some(Some(report(true, step / 30)))), ControlFlow::Continue(()));
+        }
+        assert_eq!({ progress }.on_poll(Some(Some(report(false, 40)))), ControlFlow::Break(Some(report(false, 40))));
+        assert_eq!(progress.on_poll(Some(None)), ControlFlow::Break(None));
+        // One that can't go on, and one that doesn't answer.
+        for answer in [Some(Some(report(true, 33))), None] {
+            let mut stuck = Progress { compared: ByteLength::new(33), stalled: 0 };
+            let polls = (1..).find(|_| stuck.on_poll(answer.clone()).is_break()).unwrap();
+            assert_eq!(polls, STALLED_MAX);
+        }
     }
 
     #[test]
