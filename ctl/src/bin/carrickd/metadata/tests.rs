@@ -501,9 +501,9 @@ fn events() -> Vec<NewEvent> {
         replica,
         text: text(kind),
     };
-    // Those of before there were moves.
+    // Those of before there were moves, and what was compared was written down.
     let before = EventKind::ALL.iter().take_while(|kind| **kind != EventKind::StoreEnabled);
-    let first = before.filter(|kind| **kind != EventKind::ReplicaRetiring);
+    let first = before.filter(|kind| !matches!(kind, EventKind::ReplicaRetiring | EventKind::VolumeVerified));
     let mut all: Vec<_> = first.map(|kind| of(&volume, *kind, None, 1_700_000_020)).collect();
     all.push(of(&Subject::Store(place.clone()), EventKind::ProcessCrashed, None, 1_700_000_021));
     all.push(of(&volume, EventKind::ReplicaLeftOut, Some(place), 1_700_000_022));
