@@ -20,10 +20,9 @@ use crate::metadata::{Mutation, Placement, State, StoreRecord, VolumeRecord};
 use crate::observed::ProcessId;
 use crate::{placement, programs, survey};
 
-/// For formatting a store, which writes its journal once, of up to 256 MiB, or looking into one, which replays that.
-const TOOL_LIMIT: Duration = Duration::from_secs(120);
-/// For a store's process to answer for the first time, the replay of its journal included.
-const START_LIMIT: Duration = Duration::from_secs(30);
+/// For formatting a store, which writes its journal once, of up to 256 MiB; for looking into one, and for its process to answer for the
+/// first time, which both replay that.
+const OPEN_LIMIT: Duration = Duration::from_secs(120);
 /// For a store's process to end: it syncs, then is killed (see `launch::stop`).
 const STOP_LIMIT: Duration = Duration::from_secs(60);
 /// For stores that are just being started or adopted (carrickd itself may have started a moment ago).
@@ -260,13 +259,13 @@ async fn tool(context: &Context, path: &Path, arguments: &[&OsStr]) -> Result<Id
     let program = context.bin_dir.join(programs::REPLICA);
     let unusable = |message: String| Fault::new(Reason::StoreUnusable, path.display(), message);
     let run = Command::new(&program).args(arguments).kill_on_drop(true).output();
-    let output = match tokio::time::timeout(TOOL_LIMIT, run).await {
+    let output = match tokio::time::timeout(OPEN_LIMIT, run).await {
         Ok(Ok(output)) => output,
         Ok(Err(error)) => {
             return Err(Fault::new(Reason::Internal, program.display(), format!("can't start {}: {error}", program.display())));
         }
         Err(_) => {
-            let limit = TOOL_LIMIT.as_secs();
+            let limit = OPEN_LIMIT.as_secs();
             return Err(unusable(format!("{} doesn't answer: carrick-replica {what} was given up after {limit} s", path.display())));
         }
     };
@@ -288,12 +287,12 @@ async fn wait_until_served(context: &Context, record: &StoreRecord) -> Result<()
         failure = process.last_exit.as_ref().map(ToString::to_string);
         process.answers() || failure.is_some()
     });
-    let in_time = tokio::time::timeout(START_LIMIT, served).await.is_ok();
+    let in_time = tokio::time::timeout(OPEN_LIMIT, served).await.is_ok();
     match failure {
         Some(message) => Err(Fault::new(Reason::StoreUnusable, record.path.display(), message)),
         None if in_time => Ok(()),
         None => {
-            let message = format!("carrick-replica doesn't serve {} after {} s", record.path.display(), START_LIMIT.as_secs());
+            let message = format!("carrick-replica doesn't serve {} after {} s", record.path.display(), OPEN_LIMIT.as_secs());
             Err(Fault::new(Reason::StoreUnreachable, record.path.display(), message))
         }
     }
