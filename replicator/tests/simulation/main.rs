@@ -54,6 +54,10 @@ const FAILED_ONCE_MOVING: &[u64] = &[
     1795346324333086,
     // The disk of one failed when the other one, which had the same, was about to go.
     1795360907003806,
+    // A disk that took nearly two seconds for everything owed something yet when the faults ended.
+    1795387532047103,
+    // Nothing but disks that fail, one after the other, and requests between them only.
+    1795389003010374,
 ];
 
 fn plan(seed: u64, log_lines: usize) -> Plan {

@@ -58,6 +58,7 @@ impl World {
     pub(super) fn on_complete(&mut self, tag: RequestTag, result: Result<Response, RequestError>) -> Result<(), String> {
         let pending = self.pending.remove(&tag).ok_or_else(|| format!("{tag:?} was completed twice"))?;
         self.progress_at = self.now;
+        self.answered += 1;
         // Those in a calm see no faults.
         self.completed += u64::from(self.calm.is_none());
         let response = result.map_err(|error| format!("{:?} failed: {error}", pending.request))?;

@@ -57,6 +57,12 @@ impl World {
         self.faults && self.last_one.is_some_and(|one| self.now < one.until)
     }
 
+    /// Nothing that begins from now on is late.
+    pub(super) fn hurry(&mut self) {
+        let now = self.now;
+        self.last_one.iter_mut().for_each(|one| one.until = one.until.min(now));
+    }
+
     /// Whether none was late of late: what one owes since then may still be too much.
     pub(super) fn is_punctual(&self) -> bool {
         self.last_one.is_none_or(|one| self.now > one.until + 2 * SLOWEST)
