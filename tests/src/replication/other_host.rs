@@ -4,7 +4,7 @@
 //! volume's term, brings the replicas in order, and would serve.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -18,6 +18,8 @@ use super::partition::{COPY_LIMIT, Loaded};
 use crate::report::{Found, Plan};
 use crate::site::{SOON, path_text, programs, signal, wait_for};
 
+/// Where targets reach the volumes' records.
+const RECORDS: &str = "run/records.sock";
 /// What a target says when it is primary, and when it is so no more.
 const SERVES: &str = "this target is primary";
 const ENDS: &str = "this target ends, and what it has not answered stays with the kernel";
@@ -33,8 +35,10 @@ struct Other {
 }
 
 impl Other {
-    fn start(nodes: &Nodes) -> anyhow::Result<Self> {
+    /// It finds the volume's record at this socket.
+    fn start(nodes: &Nodes, records: &Path) -> anyhow::Result<Self> {
         let mut config = nodes.target_config()?;
+        config["records"] = json!(records);
         config["tends"] = json!(true);
         config["predecessor"] = json!("may-serve");
         let (path, log, run) = (nodes.site.path("other.json"), nodes.site.path("other.log"), nodes.site.path("other-run"));
@@ -121,11 +125,14 @@ fn fenced(loaded: &mut Loaded, away: Away) -> anyhow::Result<Duration> {
     loaded.wait_round()?;
     let Loaded { nodes, probe, .. } = loaded;
     let old = nodes.site.pids("target")?.first().copied().context("no target")?;
+    // The first host's way to the record goes with the others: else it may find out there, and end before it is back.
+    let records = nodes.site.path("other-records.sock");
+    fs::rename(nodes.site.path(RECORDS), &records)?;
     match away {
         Away::CutOff => nodes.network.cut_all()?,
         Away::Stopped => signal(old, Signal::STOP)?,
     }
-    let other = Other::start(nodes)?;
+    let other = Other::start(nodes, &records)?;
     other.wait_serving()?;
     nodes.site.kill_daemon()?;
     let (rounds, positions) = (probe.rounds()?, nodes.positions()?);
@@ -156,7 +163,7 @@ fn meets(loaded: &Loaded, after: Duration) -> anyhow::Result<()> {
     loaded.wait_round()?;
     let nodes = &loaded.nodes;
     nodes.network.cut_all()?;
-    let other = Other::start(nodes)?;
+    let other = Other::start(nodes, &nodes.site.path(RECORDS))?;
     sleep(after);
     nodes.network.heal_all()?;
     other.wait_superseded()?;
