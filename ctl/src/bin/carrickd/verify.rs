@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use carrick_backing_store::{ByteLength, VolumeId};
+use carrick_backing_store::VolumeId;
 use carrick_ctl::fault::{Fault, Reason};
 use carrick_ctl::name::VolumeName;
 use carrick_replicator::control::{TargetRequest, VerificationReport};
@@ -95,9 +95,10 @@ async fn wait_for_end(context: &Context, volume: VolumeId) -> Option<Verificatio
 }
 
 /// How far a comparison is that is waited for.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Progress {
-    compared: ByteLength,
+    /// Where there are many differences, these alone become more for a while.
+    last: VerificationReport,
     /// For how many polls it is so.
     stalled: u32,
 }
@@ -109,7 +110,7 @@ impl Progress {
             Some(Some(report)) if !report.running => return ControlFlow::Break(Some(report)),
             // It was started since then.
             Some(None) => return ControlFlow::Break(None),
-            Some(Some(report)) if report.compared != self.compared => *self = Self { compared: report.compared, stalled: 0 },
+            Some(Some(report)) if report != self.last => *self = Self { last: report, stalled: 0 },
             Some(Some(_)) | None => self.stalled += 1,
         }
         if self.stalled < STALLED_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(None) }
@@ -190,6 +191,8 @@ pub async fn run(context: Arc<Context>, every: Duration) {
 
 #[cfg(test)]
 mod tests {
+    use carrick_backing_store::ByteLength;
+
     use super::*;
     use crate::metadata::tests::{attachment, volume};
 
@@ -203,15 +206,19 @@ mod tests {
     fn the_end_is_waited_for_as_long_as_there_is_progress() {
         let report =
             |running, blocks: u64| VerificationReport { running, compared: ByteLength::new(blocks), ..VerificationReport::default() };
+        let repairing = |repaired: u64| VerificationReport { repaired, ..report(true, 33) };
         let mut progress = Progress::default();
         for step in 1..1000 {
             assert_eq!(progress.on_poll(Some(Some(report(true, step / 30)))), ControlFlow::Continue(()));
         }
-        assert_eq!({ progress }.on_poll(Some(Some(report(false, 40)))), ControlFlow::Break(Some(report(false, 40))));
+        for step in 1..1000 {
+            assert_eq!(progress.on_poll(Some(Some(repairing(step / 30)))), ControlFlow::Continue(()));
+        }
+        assert_eq!(progress.clone().on_poll(Some(Some(report(false, 40)))), ControlFlow::Break(Some(report(false, 40))));
         assert_eq!(progress.on_poll(Some(None)), ControlFlow::Break(None));
         // One that can't go on, and one that doesn't answer.
         for answer in [Some(Some(report(true, 33))), None] {
-            let mut stuck = Progress { compared: ByteLength::new(33), stalled: 0 };
+            let mut stuck = Progress { last: report(true, 33), stalled: 0 };
             let polls = (1..).find(|_| stuck.on_poll(answer.clone()).is_break()).unwrap();
             assert_eq!(polls, STALLED_MAX);
         }
