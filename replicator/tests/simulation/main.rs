@@ -58,6 +58,8 @@ const FAILED_ONCE_MOVING: &[u64] = &[
     1795387532047103,
     // Nothing but disks that fail, one after the other, and requests between them only.
     1795389003010374,
+    // A connection was broken, and only its replica knew when the rest began.
+    1795391347013203,
 ];
 
 fn plan(seed: u64, log_lines: usize) -> Plan {
