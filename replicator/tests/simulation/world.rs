@@ -51,7 +51,7 @@ const MILLISECOND: Micros = 1_000;
 const SECOND: Micros = 1_000_000;
 /// From when a store's alarm rings to when its process looks.
 const ALARM_LATENCY: Micros = 50;
-/// After so long requests in a calm count, too.
+/// Within this there are enough requests, those in a calm counted.
 const LONG: Micros = 1_000 * SECOND;
 /// After all faults have ended, everything must be in sync and answered within this.
 const HEAL_LIMIT: Micros = 60 * SECOND;
@@ -286,20 +286,15 @@ impl World {
     }
 
     fn run_faults(&mut self) -> Result<(), String> {
-        while !self.has_seen_enough() || self.calm.is_some() {
+        while self.completed < self.plan.requests && self.now <= LONG || self.calm.is_some() {
             self.step()?;
-            if self.now > 2 * LONG {
-                let (completed, answered, limit) = (self.completed, self.answered, 2 * LONG / SECOND);
-                return Err(format!("only {completed} requests, {answered} with those in a calm, in {limit} s: {}", self.describe()));
+            // With one calm upon the other there are few requests besides.
+            if self.now > LONG && self.answered < self.plan.requests || self.now > LONG + HEAL_LIMIT {
+                let (answered, calm, now) = (self.answered, self.calm, self.now / SECOND);
+                return Err(format!("only {answered} requests in {now} s, or {calm:?} without an end: {}", self.describe()));
             }
         }
         Ok(())
-    }
-
-    /// With one calm upon the other there are few requests besides.
-    fn has_seen_enough(&self) -> bool {
-        let counted = if self.now < LONG { self.completed } else { self.answered };
-        counted >= self.plan.requests
     }
 
     /// Ends all faults, and expects everything to come back to order: every request answered, every replica in sync and
